@@ -1,0 +1,5 @@
+//! Everything a node does: holds a session with a manager, runs its tasks,
+//! builds their networks. Knows nothing of raft or the store.
+
+pub mod network;
+pub mod runtime;

@@ -1,0 +1,18 @@
+//! The replicated state: immutable maps, transactions, allocation, watch.
+//!
+//! [`State`] is a value. [`State::apply`] is a pure function from a state and a
+//! transaction to the next state and its events: no clock, no randomness, no
+//! I/O, so every manager computes the same from the same log. Allocation
+//! (addresses, VNIs, VIPs) is part of it. [`Store`] holds the newest state and
+//! tells watchers what changed. [`Consensus`] is the seam to the raft group;
+//! [`testing::LocalConsensus`] stands in for it in tests.
+
+pub mod consensus;
+pub mod state;
+pub mod store;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use consensus::{Consensus, Leadership, Member, MembershipError, ProposeError, ReadError};
+pub use state::{Applied, Event, Rejection, State};
+pub use store::{Store, Watch, WatchError};

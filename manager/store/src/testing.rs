@@ -1,0 +1,1 @@
+//! A raft group of one, in memory, for tests of what is built on [`crate::Consensus`].
