@@ -1,1 +1,6 @@
-//! placeholder
+//! Whole clusters on one machine: hosts in network namespaces, faults on purpose.
+//!
+//! [`lab`] makes and removes the hosts; `deploy/lab` is its command line, and
+//! the cluster tests and benches use it as a library.
+
+pub mod lab;
