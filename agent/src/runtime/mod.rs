@@ -3,6 +3,12 @@
 //! Small idempotent steps; "already done" is success. Containers outlive the
 //! agent: [`Runtime::list`] finds them again after a restart.
 
+mod oci;
+mod shim;
+
+pub use oci::{ImageLimits, LogLimits, OciEngine, OciRuntime, RuntimeConfig};
+pub use shim::reexec;
+
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
