@@ -6,6 +6,11 @@
 //! agree; it validates before it touches anything, undoes what it began when a
 //! step fails, and treats "already there" and "already gone" as success.
 
+pub mod config;
+pub mod kernel;
+pub mod names;
+mod netlink;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
