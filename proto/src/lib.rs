@@ -5,6 +5,7 @@
 
 pub mod defaults;
 pub mod id;
+pub mod names;
 pub mod task_state;
 
 /// Messages and services generated from `proto/swarm/v1/*.proto`.
