@@ -23,6 +23,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     tonic_prost_build::configure()
         .bytes(".")
+        // Maps in order: equal objects have equal bytes (snapshots, digests).
+        .btree_map(".")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -7,6 +7,7 @@
 //! tells watchers what changed. [`Consensus`] is the seam to the raft group;
 //! [`testing::LocalConsensus`] stands in for it in tests.
 
+mod apply;
 pub mod consensus;
 pub mod state;
 pub mod store;
@@ -14,5 +15,6 @@ pub mod store;
 pub mod testing;
 
 pub use consensus::{Consensus, Leadership, Member, MembershipError, ProposeError, ReadError};
-pub use state::{Applied, Event, Rejection, State};
-pub use store::{Store, Watch, WatchError};
+pub use state::{Applied, Event, Rejection, ResolveError, State};
+pub use store::{Change, Store, Watch, WatchError};
+pub use swarm_proto::v1::ObjectKind;

@@ -1,9 +1,12 @@
 //! One value that holds everything the cluster agrees on.
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
-use swarm_proto::v1::{Cluster, Network, Node, Object, ObjectKind, Service, Task, Transaction};
+use swarm_proto::v1::{
+    Cluster, Network, Node, Object, ObjectKind, Service, Task, TaskState, object,
+};
 use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
 
 pub use swarm_proto::v1::Rejection;
@@ -11,24 +14,117 @@ pub use swarm_proto::v1::Rejection;
 /// The replicated state after one log entry. Cloning is O(1).
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    index: u64,
-    cluster: Option<Arc<Cluster>>,
-    nodes: OrdMap<NodeId, Arc<Node>>,
-    services: OrdMap<ServiceId, Arc<Service>>,
-    tasks: OrdMap<TaskId, Arc<Task>>,
-    networks: OrdMap<NetworkId, Arc<Network>>,
-    tasks_by_service: OrdMap<ServiceId, OrdSet<TaskId>>,
-    tasks_by_node: OrdMap<NodeId, OrdSet<TaskId>>,
-    tasks_by_network: OrdMap<NetworkId, OrdSet<TaskId>>,
+    pub(crate) index: u64,
+    pub(crate) term: u64,
+    pub(crate) cluster: Option<Arc<Cluster>>,
+    pub(crate) nodes: OrdMap<NodeId, Arc<Node>>,
+    pub(crate) services: OrdMap<ServiceId, Arc<Service>>,
+    pub(crate) tasks: OrdMap<TaskId, Arc<Task>>,
+    pub(crate) networks: OrdMap<NetworkId, Arc<Network>>,
+    // What follows is derived from the objects above.
+    pub(crate) service_names: OrdMap<String, ServiceId>,
+    pub(crate) network_names: OrdMap<String, NetworkId>,
+    pub(crate) tasks_by_service: OrdMap<ServiceId, OrdSet<TaskId>>,
+    pub(crate) tasks_by_node: OrdMap<NodeId, OrdSet<TaskId>>,
+    pub(crate) tasks_by_network: OrdMap<NetworkId, OrdSet<TaskId>>,
+    pub(crate) services_by_network: OrdMap<NetworkId, OrdSet<ServiceId>>,
 }
 
-/// One object's change, as watchers see it.
-#[derive(Clone, Debug)]
-pub struct Event {
-    /// The object before; `None` when it was created.
-    pub old: Option<Object>,
-    /// The object after; `None` when it was removed.
-    pub new: Option<Object>,
+/// One object's change, as watchers see it: before (`None` when it was created)
+/// and after (`None` when it was removed).
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // `old` and `new`, as said above
+pub enum Event {
+    /// The cluster object.
+    Cluster {
+        old: Option<Arc<Cluster>>,
+        new: Option<Arc<Cluster>>,
+    },
+    /// A node.
+    Node {
+        old: Option<Arc<Node>>,
+        new: Option<Arc<Node>>,
+    },
+    /// A service.
+    Service {
+        old: Option<Arc<Service>>,
+        new: Option<Arc<Service>>,
+    },
+    /// A task.
+    Task {
+        old: Option<Arc<Task>>,
+        new: Option<Arc<Task>>,
+    },
+    /// A network.
+    Network {
+        old: Option<Arc<Network>>,
+        new: Option<Arc<Network>>,
+    },
+}
+
+macro_rules! of_either {
+    ($event:expr, $object:ident => $value:expr) => {
+        match $event {
+            Event::Cluster { old, new } => new.as_ref().or(old.as_ref()).map(|$object| $value),
+            Event::Node { old, new } => new.as_ref().or(old.as_ref()).map(|$object| $value),
+            Event::Service { old, new } => new.as_ref().or(old.as_ref()).map(|$object| $value),
+            Event::Task { old, new } => new.as_ref().or(old.as_ref()).map(|$object| $value),
+            Event::Network { old, new } => new.as_ref().or(old.as_ref()).map(|$object| $value),
+        }
+    };
+}
+
+impl Event {
+    /// The kind of the object.
+    #[must_use]
+    pub fn kind(&self) -> ObjectKind {
+        match self {
+            Self::Cluster { .. } => ObjectKind::Cluster,
+            Self::Node { .. } => ObjectKind::Node,
+            Self::Service { .. } => ObjectKind::Service,
+            Self::Task { .. } => ObjectKind::Task,
+            Self::Network { .. } => ObjectKind::Network,
+        }
+    }
+
+    /// The ID of the object.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        of_either!(self, object => object.id.as_str()).unwrap_or_default()
+    }
+
+    /// A copy of the object before, as a message.
+    #[must_use]
+    pub fn old_object(&self) -> Option<Object> {
+        self.object(true)
+    }
+
+    /// A copy of the object after, as a message.
+    #[must_use]
+    pub fn new_object(&self) -> Option<Object> {
+        self.object(false)
+    }
+
+    fn object(&self, before: bool) -> Option<Object> {
+        fn pick<T: Clone>(
+            before: bool,
+            old: &Option<Arc<T>>,
+            new: &Option<Arc<T>>,
+            wrap: fn(T) -> object::Object,
+        ) -> Option<Object> {
+            let chosen = if before { old } else { new };
+            chosen.as_ref().map(|object| Object {
+                object: Some(wrap((**object).clone())),
+            })
+        }
+        match self {
+            Self::Cluster { old, new } => pick(before, old, new, object::Object::Cluster),
+            Self::Node { old, new } => pick(before, old, new, object::Object::Node),
+            Self::Service { old, new } => pick(before, old, new, object::Object::Service),
+            Self::Task { old, new } => pick(before, old, new, object::Object::Task),
+            Self::Network { old, new } => pick(before, old, new, object::Object::Network),
+        }
+    }
 }
 
 /// What a transaction has done.
@@ -121,24 +217,159 @@ impl State {
             .filter_map(|id| self.tasks.get(id))
     }
 
+    /// The service with this full name.
+    #[must_use]
+    pub fn service_by_name(&self, name: &str) -> Option<&Arc<Service>> {
+        self.service(self.service_names.get(name)?)
+    }
+
+    /// The network with this full name.
+    #[must_use]
+    pub fn network_by_name(&self, name: &str) -> Option<&Arc<Network>> {
+        self.network(self.network_names.get(name)?)
+    }
+
+    /// The services whose spec names a network (by ID).
+    pub fn services_on_network(&self, id: &str) -> impl Iterator<Item = &Arc<Service>> {
+        let ids = self.services_by_network.get(id);
+        ids.into_iter()
+            .flat_map(|ids| ids.iter())
+            .filter_map(|id| self.services.get(id))
+    }
+
+    /// The state as it is after a log entry that changes no object.
+    #[must_use]
+    pub fn at_index(&self, index: u64) -> Self {
+        let mut next = self.clone();
+        next.index = next.index.max(index);
+        next
+    }
+
+    /// The highest raft term in which a transaction was proposed.
+    #[must_use]
+    pub fn term(&self) -> u64 {
+        self.term
+    }
+
     /// The full ID that `reference` (full ID, full name, or unique ID prefix; in
-    /// that order) names, among objects of one kind.
+    /// that order) names, among objects of one kind. A node's name is its
+    /// hostname; a task's is "service.slot" (the one that is meant to run) or
+    /// "service.slot.id".
     ///
     /// # Errors
     /// None or several objects match.
     pub fn resolve(&self, kind: ObjectKind, reference: &str) -> Result<String, ResolveError> {
-        let _ = (kind, reference);
-        unimplemented!("next commit")
+        let (word, mut found): (_, Vec<String>) = match kind {
+            ObjectKind::Cluster => {
+                let name = |c: &Cluster| {
+                    c.spec
+                        .as_ref()
+                        .and_then(|s| Some(s.annotations.as_ref()?.name.clone()))
+                };
+                let is = |c: &&Arc<Cluster>| {
+                    c.id.starts_with(reference) || name(c).as_deref() == Some(reference)
+                };
+                let found = self.cluster.iter().filter(is).map(|c| c.id.clone());
+                ("cluster", found.collect())
+            }
+            ObjectKind::Node => (
+                "node",
+                self.matching(&self.nodes, reference, || {
+                    let named = |n: &&Arc<Node>| {
+                        n.description
+                            .as_ref()
+                            .is_some_and(|d| d.hostname == reference)
+                    };
+                    self.nodes().filter(named).map(|n| n.id.clone()).collect()
+                }),
+            ),
+            ObjectKind::Service => (
+                "service",
+                self.matching(&self.services, reference, || {
+                    self.service_names
+                        .get(reference)
+                        .map(ToString::to_string)
+                        .into_iter()
+                        .collect()
+                }),
+            ),
+            ObjectKind::Network => (
+                "network",
+                self.matching(&self.networks, reference, || {
+                    self.network_names
+                        .get(reference)
+                        .map(ToString::to_string)
+                        .into_iter()
+                        .collect()
+                }),
+            ),
+            ObjectKind::Task => (
+                "task",
+                self.matching(&self.tasks, reference, || self.tasks_named(reference)),
+            ),
+            ObjectKind::Unspecified => ("object", Vec::new()),
+        };
+        match (found.len(), found.pop()) {
+            (1, Some(id)) => Ok(id),
+            (0, _) | (_, None) => Err(ResolveError::NotFound {
+                kind: word,
+                reference: reference.into(),
+            }),
+            (matches, _) => Err(ResolveError::Ambiguous {
+                kind: word,
+                reference: reference.into(),
+                matches,
+            }),
+        }
     }
 
-    /// The state after `transaction`, committed at `index`.
-    ///
-    /// # Errors
-    /// The first action that cannot be done, and why. Nothing is changed then;
-    /// the caller still advances the index.
-    pub fn apply(&self, index: u64, transaction: &Transaction) -> Result<Applied, Rejection> {
-        let _ = (index, transaction);
-        unimplemented!("next commit")
+    /// IDs of the objects in `objects` that `reference` may mean; `named` looks it up as a name.
+    fn matching<K, T>(
+        &self,
+        objects: &OrdMap<K, Arc<T>>,
+        reference: &str,
+        named: impl FnOnce() -> Vec<String>,
+    ) -> Vec<String>
+    where
+        K: Ord + Clone + std::borrow::Borrow<str>,
+    {
+        if objects.contains_key(reference) {
+            return vec![reference.into()];
+        }
+        let found = named();
+        if !found.is_empty() || reference.is_empty() {
+            return found;
+        }
+        let from = (Bound::Included(reference), Bound::Unbounded);
+        objects
+            .range::<_, str>(from)
+            .map(|(id, _)| id.borrow())
+            .take_while(|id| id.starts_with(reference))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    fn tasks_named(&self, name: &str) -> Vec<String> {
+        // A service's name may hold dots itself: try every split.
+        let splits = name
+            .match_indices('.')
+            .map(|(at, _)| (&name[..at], &name[at + 1..]));
+        splits
+            .filter_map(|(service, rest)| Some((self.service_names.get(service)?, rest)))
+            .flat_map(|(service, rest)| {
+                self.tasks_of_service(service).filter(move |task| {
+                    let place = match task.slot {
+                        0 => task.node_id.clone(),
+                        slot => slot.to_string(),
+                    };
+                    let meant = task.desired_state <= TaskState::Running as i32;
+                    (meant && rest == place)
+                        || rest.strip_prefix(&place).and_then(|r| r.strip_prefix('.'))
+                            == Some(task.id.as_str())
+                })
+            })
+            .map(|task| task.id.clone())
+            .collect()
     }
 }
 

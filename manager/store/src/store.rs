@@ -1,20 +1,40 @@
 //! The newest state, and whoever waits for the next.
+//!
+//! There is one writer, the raft state machine. Readers take an `Arc<State>`
+//! and never block it. Watchers have no queues of their own: all read the one
+//! bounded ring of recent changes, and one that has fallen out of it is told so.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::state::{Event, Rejection, State};
+use parking_lot::Mutex;
 use swarm_proto::v1::Transaction;
+use tokio::sync::watch;
+
+use crate::state::{Event, Rejection, State};
+
+/// Changes that are remembered for watchers that are behind or resume.
+const REMEMBERED_CHANGES: usize = 4096;
+/// Events in them; a few huge transactions must not hold the memory of millions.
+const REMEMBERED_EVENTS: usize = 1 << 16;
 
 /// Holds the newest [`State`] and tells watchers of every change to it.
 ///
 /// Readers take an `Arc<State>` and never block the writer, of which there is
 /// one: the raft state machine.
 #[derive(Debug)]
-pub struct Store {}
+pub struct Store {
+    newest: watch::Sender<Arc<State>>,
+    recent: Arc<Mutex<Recent>>,
+}
 
 /// Every change after a snapshot, in order, each once.
 #[derive(Debug)]
-pub struct Watch {}
+pub struct Watch {
+    newest: watch::Receiver<Arc<State>>,
+    recent: Arc<Mutex<Recent>>,
+    after: u64,
+}
 
 /// A watch that cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,66 +50,6 @@ pub enum WatchError {
     Closed,
 }
 
-impl Store {
-    /// A store that starts from `state`.
-    #[must_use]
-    pub fn new(state: State) -> Arc<Self> {
-        let _ = state;
-        unimplemented!("next commit")
-    }
-
-    /// The newest state.
-    #[must_use]
-    pub fn state(&self) -> Arc<State> {
-        unimplemented!("next commit")
-    }
-
-    /// The newest state, and a watch of everything after it.
-    #[must_use]
-    pub fn watch(&self) -> (Arc<State>, Watch) {
-        unimplemented!("next commit")
-    }
-
-    /// A watch of everything after `index`.
-    ///
-    /// # Errors
-    /// `index` is older than what is remembered.
-    pub fn watch_from(&self, index: u64) -> Result<Watch, WatchError> {
-        let _ = index;
-        unimplemented!("next commit")
-    }
-
-    /// Returns once the state has `index` (or a later one).
-    pub async fn wait_for(&self, index: u64) -> Arc<State> {
-        let _ = index;
-        unimplemented!("next commit")
-    }
-
-    /// Applies a committed transaction. Only the state machine calls this, in
-    /// log order. A rejected one still advances the index.
-    pub fn commit(&self, index: u64, transaction: &Transaction) -> Result<(), Rejection> {
-        let _ = (index, transaction);
-        unimplemented!("next commit")
-    }
-
-    /// Replaces everything (a snapshot was installed): watchers see `Lagged`.
-    pub fn replace(&self, state: State) {
-        let _ = state;
-        unimplemented!("next commit")
-    }
-}
-
-impl Watch {
-    /// The next log entry's events, with its index and the state after it.
-    /// Entries without events are left out.
-    ///
-    /// # Errors
-    /// See [`WatchError`].
-    pub async fn next(&mut self) -> Result<Change, WatchError> {
-        unimplemented!("next commit")
-    }
-}
-
 /// What one log entry has changed.
 #[derive(Clone, Debug)]
 pub struct Change {
@@ -99,4 +59,274 @@ pub struct Change {
     pub events: Arc<[Event]>,
     /// The state after the entry.
     pub state: Arc<State>,
+}
+
+/// The last changes, oldest first, and the index up to which they are forgotten.
+#[derive(Debug)]
+struct Recent {
+    changes: VecDeque<Change>,
+    events: usize,
+    forgotten: u64,
+}
+
+impl Recent {
+    fn push(&mut self, change: Change) {
+        self.events += change.events.len();
+        self.changes.push_back(change);
+        while self.changes.len() > REMEMBERED_CHANGES
+            || (self.events > REMEMBERED_EVENTS && self.changes.len() > 1)
+        {
+            let Some(oldest) = self.changes.pop_front() else {
+                break;
+            };
+            self.events -= oldest.events.len();
+            self.forgotten = oldest.index;
+        }
+    }
+
+    /// The first change after `index`.
+    fn after(&self, index: u64) -> Result<Option<Change>, WatchError> {
+        if index < self.forgotten {
+            return Err(WatchError::Lagged { after: index });
+        }
+        let next = self.changes.partition_point(|change| change.index <= index);
+        Ok(self.changes.get(next).cloned())
+    }
+}
+
+impl Store {
+    /// A store that starts from `state`.
+    #[must_use]
+    pub fn new(state: State) -> Arc<Self> {
+        let forgotten = state.index();
+        Arc::new(Self {
+            newest: watch::Sender::new(Arc::new(state)),
+            recent: Arc::new(Mutex::new(Recent {
+                changes: VecDeque::new(),
+                events: 0,
+                forgotten,
+            })),
+        })
+    }
+
+    /// The newest state.
+    #[must_use]
+    pub fn state(&self) -> Arc<State> {
+        self.newest.borrow().clone()
+    }
+
+    /// The newest state, and a watch of everything after it.
+    #[must_use]
+    pub fn watch(&self) -> (Arc<State>, Watch) {
+        let newest = self.newest.subscribe();
+        let state = newest.borrow().clone();
+        let after = state.index();
+        let recent = self.recent.clone();
+        let watch = Watch {
+            newest,
+            recent,
+            after,
+        };
+        (state, watch)
+    }
+
+    /// A watch of everything after `index`, which may lie in the future.
+    ///
+    /// # Errors
+    /// `index` is older than what is remembered.
+    pub fn watch_from(&self, index: u64) -> Result<Watch, WatchError> {
+        self.recent.lock().after(index)?;
+        Ok(Watch {
+            newest: self.newest.subscribe(),
+            recent: self.recent.clone(),
+            after: index,
+        })
+    }
+
+    /// Returns once the state has `index` (or a later one).
+    pub async fn wait_for(&self, index: u64) -> Arc<State> {
+        let mut newest = self.newest.subscribe();
+        match newest.wait_for(|state| state.index() >= index).await {
+            Ok(state) => state.clone(),
+            // The sender lives as long as `self`.
+            Err(_closed) => self.state(),
+        }
+    }
+
+    /// Applies a committed transaction. Only the state machine calls this, in
+    /// log order. A rejected one still advances the index.
+    ///
+    /// # Errors
+    /// Why nothing was changed.
+    pub fn commit(&self, index: u64, transaction: &Transaction) -> Result<(), Rejection> {
+        let before = self.state();
+        match before.apply(index, transaction) {
+            Ok(applied) => {
+                let state = Arc::new(applied.state);
+                if !applied.events.is_empty() {
+                    self.recent.lock().push(Change {
+                        index,
+                        events: applied.events.into(),
+                        state: state.clone(),
+                    });
+                }
+                self.newest.send_replace(state);
+                Ok(())
+            }
+            Err(rejection) => {
+                let after = before.after_refusal(index, transaction);
+                self.newest.send_replace(Arc::new(after));
+                Err(rejection)
+            }
+        }
+    }
+
+    /// Advances the index past a log entry without a transaction (membership,
+    /// a new leader's blank). Only the state machine calls this, in log order.
+    pub fn advance(&self, index: u64) {
+        let after = self.state().at_index(index);
+        self.newest.send_replace(Arc::new(after));
+    }
+
+    /// Replaces everything (a snapshot was installed): watchers see `Lagged`.
+    pub fn replace(&self, state: State) {
+        {
+            let mut recent = self.recent.lock();
+            recent.changes.clear();
+            recent.events = 0;
+            recent.forgotten = state.index();
+        }
+        self.newest.send_replace(Arc::new(state));
+    }
+}
+
+impl Watch {
+    /// The next log entry's events, with its index and the state after it.
+    /// Entries without events are left out. Nothing is lost when the call is
+    /// dropped before it has returned.
+    ///
+    /// # Errors
+    /// See [`WatchError`].
+    pub async fn next(&mut self) -> Result<Change, WatchError> {
+        loop {
+            // Seen before the ring is read, so that no change falls in between.
+            self.newest.borrow_and_update();
+            if let Some(change) = self.recent.lock().after(self.after)? {
+                self.after = change.index;
+                return Ok(change);
+            }
+            if self.newest.changed().await.is_err() {
+                return Err(WatchError::Closed);
+            }
+        }
+    }
+
+    /// The next change if it is already there.
+    ///
+    /// # Errors
+    /// [`WatchError::Lagged`].
+    pub fn try_next(&mut self) -> Result<Option<Change>, WatchError> {
+        let change = self.recent.lock().after(self.after)?;
+        if let Some(change) = &change {
+            self.after = change.index;
+        }
+        Ok(change)
+    }
+
+    /// Index of the last change that was delivered, or of the snapshot.
+    #[must_use]
+    pub fn after(&self) -> u64 {
+        self.after
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{create, network, transaction};
+
+    fn store() -> Arc<Store> {
+        Store::new(State::default())
+    }
+
+    fn add(store: &Store, index: u64) {
+        let id = format!("network{index}");
+        let made = network(&id, &id, "");
+        store
+            .commit(index, &transaction([create(made)]))
+            .expect("a new name");
+    }
+
+    #[tokio::test]
+    async fn a_watch_sees_every_change_after_its_snapshot_once_and_in_order() {
+        let store = store();
+        add(&store, 1);
+        let (state, mut watch) = store.watch();
+        assert_eq!(state.index(), 1);
+        add(&store, 2);
+        store.advance(3);
+        add(&store, 4);
+        for index in [2, 4] {
+            let change = watch.next().await.expect("remembered");
+            assert_eq!(change.index, index);
+            assert_eq!(change.state.index(), index);
+            assert_eq!(change.events.len(), 1);
+        }
+        assert!(watch.try_next().expect("not lagged").is_none());
+        drop(store);
+        assert_eq!(watch.next().await.unwrap_err(), WatchError::Closed);
+    }
+
+    #[tokio::test]
+    async fn a_waiting_watch_is_woken() {
+        let store = store();
+        let (_, mut watch) = store.watch();
+        let woken = tokio::spawn(async move { watch.next().await.map(|change| change.index) });
+        tokio::task::yield_now().await;
+        add(&store, 1);
+        assert_eq!(woken.await.expect("no panic"), Ok(1));
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_is_too_slow_or_overtaken_by_a_snapshot_is_told() {
+        let store = store();
+        let (_, mut slow) = store.watch();
+        for index in 1..=REMEMBERED_CHANGES as u64 + 1 {
+            add(&store, index);
+        }
+        assert_eq!(
+            slow.next().await.unwrap_err(),
+            WatchError::Lagged { after: 0 }
+        );
+        assert!(store.watch_from(0).is_err());
+        let mut resumed = store.watch_from(1).expect("still remembered");
+        assert_eq!(resumed.next().await.expect("next").index, 2);
+        store.replace(State::default().at_index(1 << 20));
+        assert_eq!(
+            resumed.next().await.unwrap_err(),
+            WatchError::Lagged { after: 2 }
+        );
+    }
+
+    #[tokio::test]
+    async fn waiting_for_an_index_ends_with_that_or_a_later_state() {
+        let store = store();
+        store.advance(5);
+        assert_eq!(store.wait_for(3).await.index(), 5);
+        let other = store.clone();
+        let waiter = tokio::spawn(async move { other.wait_for(7).await.index() });
+        tokio::task::yield_now().await;
+        store.advance(7);
+        assert_eq!(waiter.await.expect("no panic"), 7);
+    }
+
+    #[tokio::test]
+    async fn a_refused_transaction_advances_the_index_only() {
+        let store = store();
+        add(&store, 1);
+        let again = transaction([create(network("network1", "other", ""))]);
+        assert!(store.commit(2, &again).is_err());
+        assert_eq!(store.state().index(), 2);
+        assert_eq!(store.state().networks().count(), 1);
+    }
 }
