@@ -1,1 +1,6 @@
-//! placeholder
+//! Everything a manager decides.
+
+pub mod clock;
+pub mod leader;
+pub mod orchestrator;
+pub mod scheduler;

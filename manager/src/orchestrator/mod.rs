@@ -1,0 +1,1 @@
+//! Decides which tasks should exist.
