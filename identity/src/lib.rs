@@ -1,1 +1,29 @@
-//! placeholder
+//! Certificates, key files, join tokens, mutual TLS, and who may call what.
+//!
+//! Knows the object model only: managers and agents both build on it. The
+//! clock is read for renewal and by rustls for validity; leases have nothing to do with it.
+
+pub mod authorize;
+pub mod ca;
+pub mod caller;
+pub mod cert;
+pub mod identity;
+pub mod join;
+pub mod keystore;
+pub mod renew;
+pub mod server;
+pub mod token;
+
+#[cfg(test)]
+mod testing;
+
+pub use authorize::{Allowed, AuthorizeLayer, Check, Refusal, TABLE, authorize};
+pub use ca::{CaError, NewKey, RootCa, RootDigest};
+pub use caller::{Caller, ConnectionInfo, PeerIdentity, remote_addr};
+pub use cert::{CertError, Leaf, Renewal, Validity};
+pub use identity::{AddrError, Identity, IdentityError, KeyMaterial};
+pub use join::{JoinError, fetch_root, request_certificate};
+pub use keystore::{DataKey, KeyStore, KeyStoreError, Stored};
+pub use renew::{RenewError, keep_renewed, renew};
+pub use server::{Connection, Limits, Listener, LocalListener, grpc_server};
+pub use token::{JoinToken, TokenError, same_token};

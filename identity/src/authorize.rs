@@ -1,0 +1,266 @@
+//! Who may call what: one table, and the layer that enforces it before any service sees a request.
+//!
+//! A method that is not in the table is refused.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use swarm_proto::v1::NodeRole;
+use tonic::Status;
+use tower::{Layer, Service};
+
+use crate::caller::{Caller, ConnectionInfo, PeerIdentity};
+
+/// Who may call a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// Whoever reaches the port, also without a certificate.
+    Anyone,
+    /// Any node.
+    Node,
+    /// Managers.
+    Manager,
+    /// Managers, and root on this machine.
+    ManagerOrLocal,
+    /// Any node, and root on this machine.
+    NodeOrLocal,
+    /// Root on this machine.
+    Local,
+}
+
+/// Every method that is served, with who may call it.
+pub const TABLE: &[(&str, Allowed)] = &[
+    ("/swarm.v1.Ca/GetRootCa", Allowed::Anyone),
+    ("/swarm.v1.Ca/IssueCertificate", Allowed::Anyone),
+    ("/swarm.v1.Dispatcher/Session", Allowed::Node),
+    ("/swarm.v1.Liveness/Report", Allowed::Manager),
+    ("/swarm.v1.Raft/AppendEntries", Allowed::Manager),
+    ("/swarm.v1.Raft/StreamAppend", Allowed::Manager),
+    ("/swarm.v1.Raft/Vote", Allowed::Manager),
+    ("/swarm.v1.Raft/PreVote", Allowed::Manager),
+    ("/swarm.v1.Raft/TransferLeader", Allowed::Manager),
+    ("/swarm.v1.Raft/InstallSnapshot", Allowed::Manager),
+    ("/swarm.v1.Raft/Join", Allowed::Manager),
+    ("/swarm.v1.Raft/Leave", Allowed::Manager),
+    ("/swarm.v1.Raft/Propose", Allowed::Manager),
+    ("/swarm.v1.Raft/ReadIndex", Allowed::Manager),
+    ("/swarm.v1.Control/GetCluster", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/UpdateCluster", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/GetJoinTokens", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/RotateJoinToken", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/GetNode", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/ListNodes", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/UpdateNode", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/RemoveNode", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/GetService", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/ListServices", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/CreateService", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/UpdateService", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/RemoveService", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/GetTask", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/ListTasks", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/GetNetwork", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/ListNetworks", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/CreateNetwork", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/RemoveNetwork", Allowed::ManagerOrLocal),
+    ("/swarm.v1.Control/Watch", Allowed::ManagerOrLocal),
+    ("/swarm.v1.NodeLocal/Init", Allowed::Local),
+    ("/swarm.v1.NodeLocal/Join", Allowed::Local),
+    ("/swarm.v1.NodeLocal/Leave", Allowed::Local),
+    ("/swarm.v1.NodeLocal/Info", Allowed::Local),
+    ("/swarm.v1.NodeLocal/ListLocalNetworks", Allowed::Local),
+    ("/swarm.v1.NodeLocal/ResolveImage", Allowed::Local),
+    ("/swarm.v1.NodeLocal/Exec", Allowed::Local),
+    ("/swarm.v1.NodeLocal/Logs", Allowed::Local),
+    ("/grpc.health.v1.Health/Check", Allowed::NodeOrLocal),
+    ("/grpc.health.v1.Health/Watch", Allowed::NodeOrLocal),
+    ("/grpc.health.v1.Health/List", Allowed::NodeOrLocal),
+    (
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        Allowed::NodeOrLocal,
+    ),
+    (
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        Allowed::NodeOrLocal,
+    ),
+];
+
+/// Why a request is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// A certificate is needed.
+    Unauthenticated(String),
+    /// The caller is known, and may not.
+    Denied(String),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unauthenticated(text) | Self::Denied(text) => f.write_str(text),
+        }
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Unauthenticated(text) => Self::unauthenticated(text),
+            Refusal::Denied(text) => Self::permission_denied(text),
+        }
+    }
+}
+
+/// Whether `caller` may call the method at `path` ("/swarm.v1.Control/ListNodes").
+///
+/// # Errors
+/// It may not; the sentence names the method and the role.
+pub fn authorize(path: &str, caller: &Caller) -> Result<(), Refusal> {
+    let Some((_, allowed)) = TABLE.iter().find(|(method, _)| *method == path) else {
+        let text = format!("{path} is not a method that {caller} may call");
+        return Err(match caller {
+            Caller::Anonymous => Refusal::Unauthenticated(text),
+            Caller::Peer(_) | Caller::Local => Refusal::Denied(text),
+        });
+    };
+    let manager = |peer: &PeerIdentity| peer.role == NodeRole::Manager;
+    let ok = match (allowed, caller) {
+        (Allowed::Anyone, _) => true,
+        (_, Caller::Anonymous) => {
+            return Err(Refusal::Unauthenticated(format!(
+                "{path} needs a client certificate of this cluster"
+            )));
+        }
+        (Allowed::Node | Allowed::NodeOrLocal, Caller::Peer(_)) => true,
+        (Allowed::Manager | Allowed::ManagerOrLocal, Caller::Peer(peer)) => manager(peer),
+        (Allowed::ManagerOrLocal | Allowed::NodeOrLocal | Allowed::Local, Caller::Local) => true,
+        (Allowed::Local, Caller::Peer(_)) | (Allowed::Node | Allowed::Manager, Caller::Local) => {
+            false
+        }
+    };
+    if ok {
+        return Ok(());
+    }
+    let who = match allowed {
+        Allowed::Anyone => "anyone",
+        Allowed::Node => "nodes",
+        Allowed::Manager => "managers",
+        Allowed::ManagerOrLocal => "managers and the local socket",
+        Allowed::NodeOrLocal => "nodes and the local socket",
+        Allowed::Local => "the local socket",
+    };
+    Err(Refusal::Denied(format!(
+        "{path} is only for {who}, not for {caller}"
+    )))
+}
+
+/// Looks at a peer at each of its requests: which role the cluster grants it
+/// now (never more than its certificate's), or why it is refused although its certificate is good.
+pub type Check = Arc<dyn Fn(&PeerIdentity) -> Result<NodeRole, String> + Send + Sync>;
+
+/// A tower layer for tonic's server: refuses what the table or the check does not allow.
+#[derive(Clone)]
+pub struct AuthorizeLayer {
+    check: Option<Check>,
+}
+
+impl AuthorizeLayer {
+    /// With the table alone.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { check: None }
+    }
+
+    /// With the table and a look at every peer.
+    #[must_use]
+    pub fn with_check(check: Check) -> Self {
+        Self { check: Some(check) }
+    }
+}
+
+impl Default for AuthorizeLayer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for AuthorizeLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AuthorizeLayer")
+    }
+}
+
+impl<S> Layer<S> for AuthorizeLayer {
+    type Service = Authorize<S>;
+
+    fn layer(&self, inner: S) -> Authorize<S> {
+        Authorize {
+            inner,
+            check: self.check.clone(),
+        }
+    }
+}
+
+/// See [`AuthorizeLayer`].
+#[derive(Clone)]
+pub struct Authorize<S> {
+    inner: S,
+    check: Option<Check>,
+}
+
+impl<S> fmt::Debug for Authorize<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Authorize")
+    }
+}
+
+impl<S> Authorize<S> {
+    /// The caller with the role it has now, if it may call `path`.
+    fn admit(&self, path: &str, info: Option<&ConnectionInfo>) -> Result<Caller, Refusal> {
+        let mut caller = info.map_or(Caller::Anonymous, |info| info.caller.clone());
+        if let (Caller::Peer(peer), Some(check)) = (&mut caller, &self.check) {
+            let granted = check(peer)
+                .map_err(|reason| Refusal::Denied(format!("{path} is refused: {reason}")))?;
+            if granted == NodeRole::Worker {
+                peer.role = NodeRole::Worker;
+            }
+        }
+        authorize(path, &caller).map(|()| caller)
+    }
+}
+
+impl<S, B, R> Service<http::Request<B>> for Authorize<S>
+where
+    S: Service<http::Request<B>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+    R: Default + Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = http::Response<R>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
+        let info = request.extensions().get::<ConnectionInfo>();
+        match self.admit(request.uri().path(), info) {
+            Ok(caller) => {
+                request.extensions_mut().insert(caller);
+                Box::pin(self.inner.call(request))
+            }
+            Err(refusal) => {
+                let from = info.and_then(|info| info.remote_addr);
+                let from = from.map_or_else(|| "local".to_owned(), |addr| addr.to_string());
+                tracing::warn!(from, reason = %refusal, "request refused");
+                let response = Status::from(refusal).into_http();
+                Box::pin(std::future::ready(Ok(response)))
+            }
+        }
+    }
+}
