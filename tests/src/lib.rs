@@ -1,6 +1,7 @@
 //! Whole clusters on one machine: hosts in network namespaces, faults on purpose.
 //!
 //! [`lab`] makes and removes the hosts; `deploy/lab` is its command line, and
-//! the cluster tests and benches use it as a library.
+//! the cluster tests and benches use it as a library, through [`cluster`].
 
+pub mod cluster;
 pub mod lab;

@@ -1,0 +1,216 @@
+//! A lab that is removed when a test ends, and what tests ask of it.
+
+use std::ops::{Deref, DerefMut};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::lab::{Lab, LabConfig, REGISTRY, wait_until};
+
+/// How long a cluster may take for anything that should take a second: the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A lab for one test: removed when dropped, also after a failure.
+pub struct Cluster {
+    lab: Lab,
+}
+
+/// A line of `service ps`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TaskLine {
+    /// Full ID.
+    pub id: String,
+    /// "web.1"
+    pub name: String,
+    /// Host name.
+    pub node: String,
+    /// "Running"
+    pub state: String,
+}
+
+impl Cluster {
+    /// `hosts` hosts, the first `managers` of them managers, all Ready.
+    ///
+    /// # Errors
+    /// A step failed; nothing is left.
+    pub fn up(hosts: usize, managers: usize) -> Result<Self> {
+        Ok(Self {
+            lab: Lab::up(&LabConfig::new(hosts, managers)?)?,
+        })
+    }
+
+    /// Hosts on which swarmd runs, in no cluster yet.
+    ///
+    /// # Errors
+    /// A step failed; nothing is left.
+    pub fn unformed(hosts: usize) -> Result<Self> {
+        let mut config = LabConfig::new(hosts, 1)?;
+        config.form = false;
+        Ok(Self {
+            lab: Lab::up(&config)?,
+        })
+    }
+
+    /// The tasks of a service that should run, as `host` sees them.
+    ///
+    /// # Errors
+    /// `swarm` failed.
+    pub fn tasks(&self, host: &str, service: &str) -> Result<Vec<TaskLine>> {
+        let text = self.swarm(
+            host,
+            &[
+                "service",
+                "ps",
+                service,
+                "--no-trunc",
+                "--filter",
+                "desired-state=running",
+                "--format",
+                "{{.ID}}|{{.Name}}|{{.Node}}|{{.CurrentState}}",
+            ],
+        )?;
+        text.lines()
+            .map(|line| {
+                let mut parts = line.split('|').map(str::to_owned);
+                let mut next = || {
+                    parts
+                        .next()
+                        .with_context(|| format!("a line of service ps: {line}"))
+                };
+                Ok(TaskLine {
+                    id: next()?,
+                    name: next()?,
+                    node: next()?,
+                    state: next()?.split(' ').next().unwrap_or_default().to_owned(),
+                })
+            })
+            .collect()
+    }
+
+    /// Returns the tasks once exactly `count` run and no others should.
+    ///
+    /// # Errors
+    /// Not within [`PATIENCE`]; the error has what `service ps` says.
+    pub fn wait_running(&self, host: &str, service: &str, count: usize) -> Result<Vec<TaskLine>> {
+        wait_until(PATIENCE, &format!("{count} tasks of {service} run"), || {
+            let mut tasks = self.tasks(host, service)?;
+            tasks.sort_by(|a, b| a.name.cmp(&b.name));
+            Ok(
+                (tasks.len() == count && tasks.iter().all(|task| task.state == "Running"))
+                    .then_some(tasks),
+            )
+        })
+        .with_context(|| {
+            self.swarm(host, &["service", "ps", "--no-trunc", service])
+                .unwrap_or_default()
+        })
+    }
+
+    /// Creates a service in the background and waits until `count` of its tasks run.
+    ///
+    /// # Errors
+    /// It was refused, or its tasks do not run.
+    pub fn service(
+        &self,
+        host: &str,
+        name: &str,
+        count: usize,
+        args: &[&str],
+    ) -> Result<Vec<TaskLine>> {
+        let mut all = vec!["service", "create", "--detach", "--name", name];
+        all.extend(args);
+        self.swarm(host, &all)?;
+        self.wait_running(host, name, count)
+    }
+
+    /// A busybox that sleeps, on a network and pinned to a host.
+    ///
+    /// # Errors
+    /// As [`Cluster::service`].
+    pub fn client(&self, manager: &str, name: &str, host: &str, network: &str) -> Result<()> {
+        let constraint = format!("node.hostname=={host}");
+        self.service(
+            manager,
+            name,
+            1,
+            &[
+                "--network",
+                network,
+                "--constraint",
+                &constraint,
+                &busybox(),
+                "sleep",
+                "1000000",
+            ],
+        )
+        .map(drop)
+    }
+
+    /// Runs a shell script in a task's container and returns what it prints.
+    ///
+    /// # Errors
+    /// It exits with another status than 0.
+    pub fn sh(&self, host: &str, task: &str, script: &str) -> Result<String> {
+        self.swarm(host, &["exec", task, "sh", "-c", script])
+    }
+
+    /// Runs a shell script on a host and returns what it prints.
+    ///
+    /// # Errors
+    /// It exits with another status than 0.
+    pub fn host_sh(&self, host: &str, script: &str) -> Result<String> {
+        let output = self.run(host, &["sh", "-c", script])?;
+        ensure!(
+            output.status.success(),
+            "{script} on {host}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+/// The image of a web server.
+#[must_use]
+pub fn nginx() -> String {
+    format!("{REGISTRY}/nginx")
+}
+
+/// The image of a shell with tools.
+#[must_use]
+pub fn busybox() -> String {
+    format!("{REGISTRY}/busybox")
+}
+
+impl Deref for Cluster {
+    type Target = Lab;
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl DerefMut for Cluster {
+    fn deref_mut(&mut self) -> &mut Lab {
+        &mut self.lab
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for host in self.lab.hosts() {
+                let log = crate::lab::host_dir(&host).join("swarmd.log");
+                let text = std::fs::read_to_string(log).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                eprintln!("--- {host}: end of swarmd's log");
+                for line in &lines[lines.len().saturating_sub(40)..] {
+                    eprintln!("{line}");
+                }
+            }
+        }
+        if std::env::var_os("SWARM_LAB_KEEP").is_none()
+            && let Err(error) = self.lab.down()
+        {
+            eprintln!("removing the lab: {error:#}");
+        }
+    }
+}
