@@ -214,7 +214,7 @@ fn losing_the_leader_loses_no_acknowledged_write() -> Result<()> {
 
 #[test]
 fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -> Result<()> {
-    let mut cluster = Cluster::up(3, 1)?;
+    let cluster = Cluster::up(3, 1)?;
     cluster.swarm("h1", &["network", "create", "--driver", "overlay", "net"])?;
     cluster.service(
         "h1",
