@@ -1,0 +1,687 @@
+//! What survives a restart of the agent: the assignments it accepted (tasks,
+//! networks with their tables), how far each task is, and the managers it knows.
+//!
+//! One sled tree under `<data>/agent`, written by one thread that commits
+//! everything pending at once. sled's `flush` is not an fsync on Linux, so each
+//! commit ends with `fdatasync` on an own handle of its file. A value is cut at
+//! 6 KiB over several keys: a page that outgrows 128 KiB would become a blob
+//! that is never synced. After a failed write nothing more is written, because
+//! what the disk holds is no longer known; running tasks are left alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use imbl::ordmap::DiffItem;
+use prost::Message;
+use swarm_proto::v1::{EndpointEntry, Network, ServiceEntry, SessionInfo, Task, TaskStatus};
+use swarm_proto::{NetworkId, ServiceId, TaskId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::network::NetworkView;
+use crate::worker::Held;
+
+/// First byte of every value. A larger one was written by a newer version.
+const FORMAT: u8 = 1;
+/// Bytes of a value under one key.
+const PART: usize = 6 << 10;
+/// Commits waiting for the writer; a task waits when there are more.
+const PENDING_MAX: usize = 256;
+
+/// Why the local store cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LocalError {
+    /// Its contents make no sense. Nothing was touched.
+    #[error(
+        "{}: {reason}; move this directory away to start empty (this node's containers are then stopped)",
+        path.display()
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        reason: String,
+    },
+    /// A newer version wrote it.
+    #[error("{} was written by a newer version (format {format}); upgrade this one", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The format found.
+        format: u8,
+    },
+    /// The disk refused.
+    #[error("{step} {}: {reason}", path.display())]
+    Io {
+        /// What was tried.
+        step: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// How far a task is.
+#[derive(Clone, PartialEq, Message)]
+pub struct TaskRecord {
+    /// The newest status.
+    #[prost(message, optional, tag = "1")]
+    pub status: Option<TaskStatus>,
+    /// Its container may have been started: it must never be made again.
+    #[prost(bool, tag = "2")]
+    pub started: bool,
+}
+
+/// A task found in the store.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredTask {
+    /// As last assigned.
+    pub task: Arc<Task>,
+    /// How far it was.
+    pub record: TaskRecord,
+    /// It is no longer assigned: stop it and remove every trace.
+    pub removed: bool,
+}
+
+/// What the store held when it was opened.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LocalState {
+    /// The assignments.
+    pub held: Held,
+    /// All tasks, those being removed too.
+    pub tasks: BTreeMap<TaskId, StoredTask>,
+    /// What a manager said last of the node and the cluster.
+    pub session: Option<SessionInfo>,
+}
+
+/// The open store. Clones share it.
+#[derive(Clone, Debug)]
+pub struct LocalStore {
+    writer: Arc<Writer>,
+}
+
+#[derive(Debug)]
+struct Writer {
+    queue: Option<mpsc::Sender<Commit>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Everything queued is written before the thread ends.
+        drop(self.queue.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the local store's writer panicked");
+        }
+    }
+}
+
+struct Commit {
+    batch: WriteBatch,
+    done: oneshot::Sender<Result<(), LocalError>>,
+}
+
+/// Changes that are written together or not at all.
+#[derive(Clone, Debug, Default)]
+pub struct WriteBatch {
+    writes: Vec<(String, Option<Vec<u8>>)>,
+}
+
+impl WriteBatch {
+    /// Whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.writes.is_empty()
+    }
+
+    /// How far a task is.
+    pub fn record(&mut self, task: &TaskId, record: &TaskRecord) {
+        self.put(format!("r/{task}"), record);
+    }
+
+    /// Nothing of a task is left.
+    pub fn remove_task(&mut self, task: &TaskId) {
+        self.delete(format!("t/{task}"));
+        self.delete(format!("r/{task}"));
+        self.delete(format!("x/{task}"));
+    }
+
+    /// What a manager said of the node and the cluster.
+    pub fn session(&mut self, info: &SessionInfo) {
+        self.put("m/session".to_owned(), info);
+    }
+
+    /// The difference between two held sets. Tasks that are no longer assigned are marked and stay
+    /// until [`Self::remove_task`]: they still have to be stopped.
+    pub fn assignments(&mut self, old: &Held, new: &Held) {
+        if old.revision != new.revision {
+            self.writes.push((
+                "m/revision".to_owned(),
+                Some(new.revision.to_be_bytes().to_vec()),
+            ));
+        }
+        for item in old.tasks.diff(&new.tasks) {
+            match item {
+                DiffItem::Add(id, task) => {
+                    self.put(format!("t/{id}"), task.as_ref());
+                    self.delete(format!("x/{id}"));
+                }
+                DiffItem::Update {
+                    new: (id, task), ..
+                } => self.put(format!("t/{id}"), task.as_ref()),
+                DiffItem::Remove(id, _) => self.writes.push((format!("x/{id}"), Some(Vec::new()))),
+            }
+        }
+        let empty = NetworkView::default();
+        for item in old.networks.diff(&new.networks) {
+            match item {
+                DiffItem::Add(id, view) => self.network(id, &empty, view),
+                DiffItem::Update {
+                    old: (_, before),
+                    new: (id, view),
+                } => self.network(id, before, view),
+                DiffItem::Remove(id, before) => {
+                    self.delete(format!("n/{id}"));
+                    self.rows(id, before, &empty);
+                }
+            }
+        }
+    }
+
+    fn network(&mut self, id: &NetworkId, old: &NetworkView, new: &NetworkView) {
+        if old.network != new.network {
+            self.put(format!("n/{id}"), &new.network);
+        }
+        self.rows(id, old, new);
+    }
+
+    fn rows(&mut self, id: &NetworkId, old: &NetworkView, new: &NetworkView) {
+        for item in old.endpoints.diff(&new.endpoints) {
+            match item {
+                DiffItem::Add(task, row)
+                | DiffItem::Update {
+                    new: (task, row), ..
+                } => self.put(format!("e/{id}/{task}"), row.as_ref()),
+                DiffItem::Remove(task, _) => self.delete(format!("e/{id}/{task}")),
+            }
+        }
+        for item in old.services.diff(&new.services) {
+            match item {
+                DiffItem::Add(service, row)
+                | DiffItem::Update {
+                    new: (service, row),
+                    ..
+                } => self.put(format!("s/{id}/{service}"), row.as_ref()),
+                DiffItem::Remove(service, _) => self.delete(format!("s/{id}/{service}")),
+            }
+        }
+    }
+
+    fn put(&mut self, key: String, value: &impl Message) {
+        self.writes.push((key, Some(value.encode_to_vec())));
+    }
+
+    fn delete(&mut self, key: String) {
+        self.writes.push((key, None));
+    }
+}
+
+impl LocalStore {
+    /// Opens (or makes) the store in `<data_dir>/agent` and reads all of it. Blocks.
+    ///
+    /// # Errors
+    /// [`LocalError`], with the file. A corrupt store is refused and left as it is: starting
+    /// without it would stop containers that somebody relies on.
+    pub fn open(data_dir: &Path) -> Result<(Self, LocalState), LocalError> {
+        let dir = data_dir.join("agent");
+        let io = |step, path: &Path, error: std::io::Error| LocalError::Io {
+            step,
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        // Tasks carry credentials of registries.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|error| io("make directory", &dir, error))?;
+        let db = open_sled(&dir)?;
+        let path = dir.join("db");
+        let file = File::open(&path).map_err(|error| io("open", &path, error))?;
+        // sled reports some corruption by a panic.
+        let state = guarded(&path, || read_all(&db, &path))?;
+        // The directory entries of a new store.
+        File::open(&dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|error| io("sync directory", &dir, error))?;
+        let (queue, commits) = mpsc::channel(PENDING_MAX);
+        let thread = std::thread::Builder::new()
+            .name("agent-store".to_owned())
+            .spawn(move || write_loop(&db, &file, &path, commits))
+            .map_err(|error| io("start writer of", &dir, error))?;
+        let store = Self {
+            writer: Arc::new(Writer {
+                queue: Some(queue),
+                thread: Some(thread),
+            }),
+        };
+        Ok((store, state))
+    }
+
+    /// Returns when the batch is on disk.
+    ///
+    /// # Errors
+    /// [`LocalError::Io`]; from then on every commit fails.
+    pub async fn commit(&self, batch: WriteBatch) -> Result<(), LocalError> {
+        let gone = || LocalError::Io {
+            step: "write to",
+            path: PathBuf::from("agent/db"),
+            reason: "the writer has ended".to_owned(),
+        };
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let (done, result) = oneshot::channel();
+        let queue = self.writer.queue.as_ref().ok_or_else(gone)?;
+        queue
+            .send(Commit { batch, done })
+            .await
+            .map_err(|_| gone())?;
+        result.await.map_err(|_| gone())?
+    }
+}
+
+fn open_sled(dir: &Path) -> Result<sled::Db, LocalError> {
+    let path = dir.join("db");
+    let config = sled::Config::new()
+        .path(dir)
+        .mode(sled::Mode::LowSpace)
+        .cache_capacity(16 << 20)
+        .flush_every_ms(None);
+    // The lock of a store that was just closed in this process lingers for a moment.
+    let mut attempts = 0;
+    loop {
+        match guarded(&path, || Ok(config.open()))? {
+            Ok(db) => return Ok(db),
+            Err(sled::Error::Io(error))
+                if error.kind() == std::io::ErrorKind::WouldBlock
+                    || error.to_string().contains("WouldBlock") =>
+            {
+                attempts += 1;
+                if attempts > 100 {
+                    return Err(LocalError::Io {
+                        step: "lock",
+                        path,
+                        reason: "another process uses it".to_owned(),
+                    });
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(sled::Error::Io(error)) if error.kind() != std::io::ErrorKind::InvalidData => {
+                return Err(LocalError::Io {
+                    step: "open",
+                    path,
+                    reason: error.to_string(),
+                });
+            }
+            Err(error) => {
+                return Err(LocalError::Corrupt {
+                    path,
+                    reason: error.to_string(),
+                });
+            }
+        }
+    }
+}
+
+fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, LocalError>) -> Result<T, LocalError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(LocalError::Corrupt {
+            path: path.to_owned(),
+            reason: "the storage engine cannot read it".to_owned(),
+        })
+    })
+}
+
+fn part_key(key: &str, part: u16) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(key.len() + 3);
+    bytes.extend_from_slice(key.as_bytes());
+    bytes.push(0);
+    bytes.extend_from_slice(&part.to_be_bytes());
+    bytes
+}
+
+/// First part: format, number of parts, data. Later parts: data.
+fn put_parts(batch: &mut sled::Batch, key: &str, value: &[u8]) -> u16 {
+    let parts = value.len().div_ceil(PART).max(1);
+    let parts = u16::try_from(parts).expect("messages are bounded far below 65,535 parts");
+    let mut chunks = value.chunks(PART);
+    let mut first = vec![FORMAT];
+    first.extend_from_slice(&parts.to_be_bytes());
+    first.extend_from_slice(chunks.next().unwrap_or_default());
+    batch.insert(part_key(key, 0), first);
+    for (number, chunk) in (1u16..).zip(chunks) {
+        batch.insert(part_key(key, number), chunk);
+    }
+    parts
+}
+
+fn write_loop(db: &sled::Db, file: &File, path: &Path, mut commits: mpsc::Receiver<Commit>) {
+    let mut failed: Option<LocalError> = None;
+    while let Some(first) = commits.blocking_recv() {
+        let mut group = vec![first];
+        while let Ok(next) = commits.try_recv() {
+            group.push(next);
+        }
+        let result = match &failed {
+            Some(error) => Err(error.clone()),
+            None => write_group(db, file, &group).map_err(|reason| LocalError::Io {
+                step: "write to",
+                path: path.to_owned(),
+                reason,
+            }),
+        };
+        if let Err(error) = &result
+            && failed.is_none()
+        {
+            tracing::error!(%error, "nothing more is written until the agent is started again");
+            failed = Some(error.clone());
+        }
+        for commit in group {
+            // Whoever does not wait for the disk has dropped the other end.
+            let _ = commit.done.send(result.clone());
+        }
+    }
+}
+
+fn write_group(db: &sled::Db, file: &File, group: &[Commit]) -> Result<(), String> {
+    for commit in group {
+        let mut batch = sled::Batch::default();
+        for (key, value) in &commit.batch.writes {
+            let before = match db.get(part_key(key, 0)).map_err(|e| e.to_string())? {
+                Some(first) if first.len() >= 3 => u16::from_be_bytes([first[1], first[2]]),
+                _ => 0,
+            };
+            let now = value
+                .as_ref()
+                .map_or(0, |value| put_parts(&mut batch, key, value));
+            for part in now..before {
+                batch.remove(part_key(key, part));
+            }
+        }
+        db.apply_batch(batch).map_err(|e| e.to_string())?;
+    }
+    db.flush().map_err(|e| e.to_string())?;
+    file.sync_data().map_err(|e| e.to_string())
+}
+
+fn read_all(db: &sled::Db, path: &Path) -> Result<LocalState, LocalError> {
+    let corrupt = |key: &str, reason: &str| LocalError::Corrupt {
+        path: path.to_owned(),
+        reason: format!("record {key}: {reason}"),
+    };
+    let mut values: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut missing: Option<(String, u16, u16)> = None;
+    for item in db.iter() {
+        let (key, data) = item.map_err(|error| corrupt("?", &error.to_string()))?;
+        let (name, part) = split_key(&key).ok_or_else(|| corrupt("?", "strange key"))?;
+        if let Some((open, next, parts)) = missing.take() {
+            if open != name || part != next {
+                return Err(corrupt(&open, "a part is missing"));
+            }
+            values
+                .entry(open.clone())
+                .or_default()
+                .extend_from_slice(&data);
+            if next + 1 < parts {
+                missing = Some((open, next + 1, parts));
+            }
+            continue;
+        }
+        if part != 0 || data.len() < 3 {
+            return Err(corrupt(&name, "its beginning is missing"));
+        }
+        if data[0] > FORMAT {
+            return Err(LocalError::Newer {
+                path: path.to_owned(),
+                format: data[0],
+            });
+        }
+        let parts = u16::from_be_bytes([data[1], data[2]]);
+        values.insert(name.clone(), data[3..].to_vec());
+        if parts > 1 {
+            missing = Some((name, 1, parts));
+        }
+    }
+    if let Some((open, ..)) = missing {
+        return Err(corrupt(&open, "a part is missing"));
+    }
+    build_state(&values).map_err(|(key, reason)| corrupt(&key, &reason))
+}
+
+fn split_key(key: &[u8]) -> Option<(String, u16)> {
+    let (name, part) = key.split_at_checked(key.len().checked_sub(3)?)?;
+    let [0, high, low] = part else { return None };
+    let name = std::str::from_utf8(name).ok()?.to_owned();
+    Some((name, u16::from_be_bytes([*high, *low])))
+}
+
+type Named = (String, String);
+
+fn build_state(values: &BTreeMap<String, Vec<u8>>) -> Result<LocalState, Named> {
+    fn read<M: Message + Default>(key: &str, value: &[u8]) -> Result<M, Named> {
+        M::decode(value).map_err(|error| (key.to_owned(), error.to_string()))
+    }
+    let mut state = LocalState::default();
+    let mut networks: BTreeMap<NetworkId, NetworkView> = BTreeMap::new();
+    let mut tasks: BTreeMap<TaskId, Task> = BTreeMap::new();
+    let mut records: BTreeMap<TaskId, TaskRecord> = BTreeMap::new();
+    let mut removed: BTreeSet<TaskId> = BTreeSet::new();
+    let strange = |key: &str| (key.to_owned(), "strange key".to_owned());
+    // "n/" comes after "e/": rows are kept aside until their network is read.
+    for (key, value) in values {
+        let (kind, rest) = key.split_once('/').ok_or_else(|| strange(key))?;
+        match (kind, rest.split_once('/')) {
+            ("m", None) if rest == "revision" => {
+                let bytes = value.as_slice().try_into();
+                let bytes = bytes.map_err(|_| (key.clone(), "not a number".to_owned()))?;
+                state.held.revision = u64::from_be_bytes(bytes);
+            }
+            ("m", None) if rest == "session" => state.session = Some(read(key, value)?),
+            ("t", None) => {
+                tasks.insert(TaskId::from(rest), read(key, value)?);
+            }
+            ("r", None) => {
+                records.insert(TaskId::from(rest), read(key, value)?);
+            }
+            ("x", None) => {
+                removed.insert(TaskId::from(rest));
+            }
+            ("n", None) => {
+                let network: Network = read(key, value)?;
+                networks.entry(NetworkId::from(rest)).or_default().network = network;
+            }
+            ("e", Some((network, task))) => {
+                let row: EndpointEntry = read(key, value)?;
+                let view = networks.entry(NetworkId::from(network)).or_default();
+                view.endpoints.insert(TaskId::from(task), Arc::new(row));
+            }
+            ("s", Some((network, service))) => {
+                let row: ServiceEntry = read(key, value)?;
+                let view = networks.entry(NetworkId::from(network)).or_default();
+                view.services
+                    .insert(ServiceId::from(service), Arc::new(row));
+            }
+            _ => return Err(strange(key)),
+        }
+    }
+    for (id, view) in networks {
+        if view.network.id != *id {
+            return Err((
+                format!("n/{id}"),
+                "the network itself is missing".to_owned(),
+            ));
+        }
+        state.held.networks.insert(id, Arc::new(view));
+    }
+    for (id, task) in tasks {
+        let task = Arc::new(task);
+        // A task that was assigned but not begun has no record yet.
+        let record = records.remove(&id).unwrap_or_default();
+        let removed = removed.remove(&id);
+        if !removed {
+            state.held.tasks.insert(id.clone(), task.clone());
+        }
+        let stored = StoredTask {
+            task,
+            record,
+            removed,
+        };
+        state.tasks.insert(id, stored);
+    }
+    if let Some(id) = records.keys().next().or(removed.first()) {
+        return Err((format!("r/{id}"), "its task is missing".to_owned()));
+    }
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swarm_proto::v1::{ContainerSpec, TaskSpec};
+
+    fn task(id: &str, env_bytes: usize) -> Arc<Task> {
+        Arc::new(Task {
+            id: id.to_owned(),
+            spec: Some(TaskSpec {
+                container: Some(ContainerSpec {
+                    env: vec!["x".repeat(env_bytes)],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
+    }
+
+    fn held(revision: u64, tasks: &[Arc<Task>], rows: u32) -> Held {
+        let mut held = Held {
+            revision,
+            ..Default::default()
+        };
+        for task in tasks {
+            held.tasks.insert(TaskId::from(&task.id), task.clone());
+        }
+        let mut view = NetworkView::default();
+        view.network.id = "net".to_owned();
+        for row in 0..rows {
+            let entry = EndpointEntry {
+                network_id: "net".to_owned(),
+                task_id: format!("t{row}"),
+                ..Default::default()
+            };
+            view.endpoints
+                .insert(TaskId::from(&entry.task_id), Arc::new(entry));
+        }
+        held.networks.insert(NetworkId::from("net"), Arc::new(view));
+        held
+    }
+
+    async fn write(store: &LocalStore, old: &Held, new: &Held) {
+        let mut batch = WriteBatch::default();
+        batch.assignments(old, new);
+        store.commit(batch).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_committed_is_there_after_opening_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, state) = LocalStore::open(dir.path()).unwrap();
+        assert_eq!(state, LocalState::default());
+        let first = held(3, &[task("a", 40_000), task("b", 10)], 500);
+        write(&store, &Held::default(), &first).await;
+        // Shrinks a value of several parts, and drops rows.
+        let second = held(4, &[task("a", 5), task("b", 10)], 2);
+        write(&store, &first, &second).await;
+        let mut batch = WriteBatch::default();
+        let record = TaskRecord {
+            started: true,
+            ..Default::default()
+        };
+        batch.record(&TaskId::from("a"), &record);
+        store.commit(batch).await.unwrap();
+        drop(store);
+        let (_store, state) = LocalStore::open(dir.path()).unwrap();
+        assert_eq!(state.held, second);
+        assert_eq!(state.tasks["a"].record, record);
+    }
+
+    #[tokio::test]
+    async fn removed_tasks_stay_until_their_last_trace_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = LocalStore::open(dir.path()).unwrap();
+        let first = held(3, &[task("a", 1)], 0);
+        write(&store, &Held::default(), &first).await;
+        write(&store, &first, &held(4, &[], 0)).await;
+        drop(store);
+        let (store, state) = LocalStore::open(dir.path()).unwrap();
+        assert!(state.held.tasks.is_empty() && state.tasks["a"].removed);
+        let mut batch = WriteBatch::default();
+        batch.remove_task(&TaskId::from("a"));
+        store.commit(batch).await.unwrap();
+        drop(store);
+        let (_store, state) = LocalStore::open(dir.path()).unwrap();
+        assert!(state.tasks.is_empty());
+    }
+
+    #[tokio::test]
+    async fn no_value_becomes_an_unsynced_blob() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = LocalStore::open(dir.path()).unwrap();
+        let tasks: Vec<_> = (0..8).map(|n| task(&format!("t{n}"), 900 << 10)).collect();
+        write(&store, &Held::default(), &held(1, &tasks, 0)).await;
+        drop(store);
+        let blobs = std::fs::read_dir(dir.path().join("agent/blobs")).unwrap();
+        assert_eq!(blobs.count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_corrupt_store_is_refused_by_its_name_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = LocalStore::open(dir.path()).unwrap();
+        write(&store, &Held::default(), &held(1, &[task("a", 1)], 0)).await;
+        drop(store);
+        let db = open_sled(&dir.path().join("agent")).unwrap();
+        db.insert(part_key("t/a", 0), vec![FORMAT, 0, 1, 0xff, 0xff])
+            .unwrap();
+        db.flush().unwrap();
+        drop(db);
+        let error = LocalStore::open(dir.path()).unwrap_err();
+        assert!(matches!(error, LocalError::Corrupt { .. }), "{error}");
+        assert!(error.to_string().contains("agent/db"), "{error}");
+        assert!(error.to_string().contains("t/a"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_store_of_a_newer_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = {
+            std::fs::create_dir_all(dir.path().join("agent")).unwrap();
+            open_sled(&dir.path().join("agent")).unwrap()
+        };
+        db.insert(part_key("t/a", 0), vec![FORMAT + 1, 0, 1])
+            .unwrap();
+        db.flush().unwrap();
+        drop(db);
+        assert!(matches!(
+            LocalStore::open(dir.path()),
+            Err(LocalError::Newer { .. })
+        ));
+    }
+}

@@ -1,0 +1,258 @@
+//! Statuses on their way to the managers.
+//!
+//! Keeps the newest status of each task until a manager has acknowledged it,
+//! so it is bounded by the number of tasks. States only rise: a newer status
+//! replaces one that was not sent yet. After a reconnect everything that is
+//! unacknowledged is sent again; merging is idempotent.
+
+use std::collections::BTreeMap;
+
+use parking_lot::Mutex;
+use prost::Message as _;
+use swarm_proto::TaskId;
+use swarm_proto::v1::{StatusReport, TaskStatus, TaskStatusUpdate};
+use tokio::sync::Notify;
+
+/// Encoded bytes of updates in one report; far below the message limit.
+const REPORT_MAX: usize = 256 << 10;
+
+/// The queue, shared by the tasks that fill it and the session that empties it.
+#[derive(Debug, Default)]
+pub struct Reporter {
+    queue: Mutex<Queue>,
+    changed: Notify,
+}
+
+impl Reporter {
+    /// Queues a task's newest status.
+    pub fn push(&self, task: &TaskId, status: TaskStatus) {
+        self.queue.lock().push(task, status);
+        self.changed.notify_one();
+    }
+
+    /// The task is gone from the managers' store: nobody waits for its status.
+    pub fn forget(&self, task: &TaskId) {
+        self.queue.lock().forget(task);
+    }
+
+    /// Returns when there may be something to send. For one waiter.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The next report of this session, if anything waits.
+    pub fn next_report(&self) -> Option<StatusReport> {
+        self.queue.lock().next_report()
+    }
+
+    /// A manager has committed everything up to this sequence of this session.
+    pub fn acknowledged(&self, sequence: u64) {
+        self.queue.lock().acknowledged(sequence);
+    }
+
+    /// A new session begins: everything unacknowledged is sent again.
+    pub fn restart(&self) {
+        self.queue.lock().restart();
+        self.changed.notify_one();
+    }
+
+    /// How many tasks have a status that no manager has acknowledged.
+    #[must_use]
+    pub fn unacknowledged(&self) -> usize {
+        self.queue.lock().entries.len()
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    status: TaskStatus,
+    /// Place in the order of changes.
+    order: u64,
+    /// The report it was sent in, in this session.
+    sent_in: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    entries: BTreeMap<TaskId, Entry>,
+    /// Entries not sent in this session, oldest change first.
+    unsent: BTreeMap<u64, TaskId>,
+    next_order: u64,
+    last_sequence: u64,
+}
+
+impl Queue {
+    fn push(&mut self, task: &TaskId, status: TaskStatus) {
+        if let Some(entry) = self.entries.get(task) {
+            if entry.status.state > status.state {
+                return;
+            }
+            self.unsent.remove(&entry.order);
+        }
+        let order = self.next_order;
+        self.next_order += 1;
+        self.unsent.insert(order, task.clone());
+        let entry = Entry {
+            status,
+            order,
+            sent_in: None,
+        };
+        self.entries.insert(task.clone(), entry);
+    }
+
+    fn forget(&mut self, task: &TaskId) {
+        if let Some(entry) = self.entries.remove(task) {
+            self.unsent.remove(&entry.order);
+        }
+    }
+
+    fn next_report(&mut self) -> Option<StatusReport> {
+        if self.unsent.is_empty() {
+            return None;
+        }
+        let sequence = self.last_sequence + 1;
+        let mut updates = Vec::new();
+        let mut bytes = 0;
+        while let Some((&order, task)) = self.unsent.first_key_value() {
+            let entry = self
+                .entries
+                .get_mut(task)
+                .expect("what is unsent has an entry");
+            let update = TaskStatusUpdate {
+                task_id: task.to_string(),
+                status: Some(entry.status.clone()),
+            };
+            bytes += update.encoded_len();
+            if bytes > REPORT_MAX && !updates.is_empty() {
+                break;
+            }
+            updates.push(update);
+            entry.sent_in = Some(sequence);
+            self.unsent.remove(&order);
+        }
+        self.last_sequence = sequence;
+        Some(StatusReport { sequence, updates })
+    }
+
+    fn acknowledged(&mut self, sequence: u64) {
+        self.entries
+            .retain(|_, entry| entry.sent_in.is_none_or(|sent| sent > sequence));
+    }
+
+    fn restart(&mut self) {
+        self.last_sequence = 0;
+        for (task, entry) in &mut self.entries {
+            entry.sent_in = None;
+            self.unsent.insert(entry.order, task.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use swarm_proto::v1::TaskState;
+
+    fn status(state: TaskState) -> TaskStatus {
+        TaskStatus {
+            state: state as i32,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn only_the_newest_status_is_sent_and_never_an_older_one() {
+        let mut queue = Queue::default();
+        let a = TaskId::from("a");
+        queue.push(&a, status(TaskState::Accepted));
+        queue.push(&a, status(TaskState::Running));
+        queue.push(&a, status(TaskState::Preparing));
+        let report = queue.next_report().unwrap();
+        assert_eq!(report.updates.len(), 1);
+        let sent = report.updates[0].status.as_ref().unwrap();
+        assert_eq!(sent.state, TaskState::Running as i32);
+        assert_eq!(queue.next_report(), None);
+    }
+
+    #[test]
+    fn an_acknowledgement_leaves_what_changed_after_the_report() {
+        let mut queue = Queue::default();
+        let a = TaskId::from("a");
+        queue.push(&a, status(TaskState::Running));
+        let first = queue.next_report().unwrap();
+        queue.push(&a, status(TaskState::Failed));
+        queue.acknowledged(first.sequence);
+        let second = queue.next_report().unwrap();
+        assert_eq!(
+            second.updates[0].status.as_ref().unwrap().state,
+            TaskState::Failed as i32
+        );
+    }
+
+    #[test]
+    fn a_new_session_sends_what_was_not_acknowledged_in_the_old_order() {
+        let mut queue = Queue::default();
+        for id in ["c", "a", "b"] {
+            queue.push(&TaskId::from(id), status(TaskState::Running));
+        }
+        let first = queue.next_report().unwrap();
+        queue.restart();
+        let again = queue.next_report().unwrap();
+        assert_eq!(first, again);
+        let order: Vec<_> = again.updates.iter().map(|u| u.task_id.as_str()).collect();
+        assert_eq!(order, ["c", "a", "b"]);
+    }
+
+    proptest! {
+        /// Whatever is lost on the way, after quiet and one good session the manager has every newest status.
+        #[test]
+        fn every_newest_status_arrives(
+            steps in prop::collection::vec((0..4u8, 0..3u8, 0..10i32), 0..60)
+        ) {
+            let mut queue = Queue::default();
+            let mut newest: BTreeMap<TaskId, i32> = BTreeMap::new();
+            let mut manager: BTreeMap<TaskId, i32> = BTreeMap::new();
+            let mut flying: Vec<StatusReport> = Vec::new();
+            let deliver = |report: StatusReport, manager: &mut BTreeMap<TaskId, i32>| {
+                for update in report.updates {
+                    let state = update.status.unwrap().state;
+                    let known = manager.entry(TaskId::from(&update.task_id)).or_insert(state);
+                    *known = state.max(*known);
+                }
+            };
+            for (step, task, state) in steps {
+                let id = TaskId::from(["a", "b", "c"][task as usize]);
+                match step {
+                    0 => {
+                        let top = newest.entry(id.clone()).or_insert(state);
+                        *top = state.max(*top);
+                        let state = *top;
+                        queue.push(&id, TaskStatus { state, ..Default::default() });
+                    }
+                    1 => flying.extend(queue.next_report()),
+                    2 if !flying.is_empty() => {
+                        let report = flying.remove(0);
+                        let sequence = report.sequence;
+                        deliver(report, &mut manager);
+                        queue.acknowledged(sequence);
+                    }
+                    3 => {
+                        flying.clear();
+                        queue.restart();
+                    }
+                    _ => {}
+                }
+                prop_assert!(queue.entries.len() <= 3 && queue.unsent.len() <= 3);
+            }
+            queue.restart();
+            while let Some(report) = queue.next_report() {
+                let sequence = report.sequence;
+                deliver(report, &mut manager);
+                queue.acknowledged(sequence);
+            }
+            prop_assert!(queue.entries.is_empty());
+            prop_assert_eq!(manager, newest);
+        }
+    }
+}
