@@ -264,3 +264,107 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+
+    fn peer(role: NodeRole) -> Caller {
+        Caller::Peer(PeerIdentity {
+            node_id: "n1".into(),
+            role,
+            cluster_id: "c1".into(),
+        })
+    }
+
+    fn served() -> Vec<String> {
+        let set = prost_types::FileDescriptorSet::decode(swarm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let mut methods = Vec::new();
+        for file in &set.file {
+            for service in &file.service {
+                for method in &service.method {
+                    methods.push(format!(
+                        "/{}.{}/{}",
+                        file.package(),
+                        service.name(),
+                        method.name()
+                    ));
+                }
+            }
+        }
+        methods
+    }
+
+    #[test]
+    fn every_method_is_in_the_table_once_and_nothing_else_of_ours_is() {
+        let served = served();
+        assert!(served.len() > 30);
+        for method in &served {
+            let entries = TABLE.iter().filter(|(path, _)| path == method).count();
+            assert_eq!(entries, 1, "{method} is {entries} times in the table");
+        }
+        for (path, _) in TABLE.iter().filter(|(path, _)| path.starts_with("/swarm.")) {
+            assert!(served.iter().any(|method| method == path), "{path} is gone");
+        }
+    }
+
+    #[test]
+    fn without_a_certificate_there_is_only_the_ca() {
+        for (path, _) in TABLE {
+            let allowed = authorize(path, &Caller::Anonymous).is_ok();
+            assert_eq!(allowed, path.starts_with("/swarm.v1.Ca/"), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_worker_may_call_neither_control_nor_raft_nor_the_local_node() {
+        for (path, _) in TABLE {
+            let expected = ["/swarm.v1.Ca/", "/swarm.v1.Dispatcher/", "/grpc."]
+                .iter()
+                .any(|prefix| path.starts_with(prefix));
+            let allowed = authorize(path, &peer(NodeRole::Worker));
+            assert_eq!(allowed.is_ok(), expected, "{path}");
+        }
+        let refusal = authorize("/swarm.v1.Control/ListNodes", &peer(NodeRole::Worker));
+        assert_eq!(
+            refusal,
+            Err(Refusal::Denied(
+                "/swarm.v1.Control/ListNodes is only for managers and the local socket, not for worker n1"
+                    .to_owned()
+            ))
+        );
+    }
+
+    #[test]
+    fn a_manager_may_call_everything_but_the_local_node() {
+        for (path, _) in TABLE {
+            let allowed = authorize(path, &peer(NodeRole::Manager)).is_ok();
+            assert_eq!(allowed, !path.starts_with("/swarm.v1.NodeLocal/"), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_local_socket_neither_votes_nor_registers() {
+        for (path, _) in TABLE {
+            let expected = ![
+                "/swarm.v1.Raft/",
+                "/swarm.v1.Liveness/",
+                "/swarm.v1.Dispatcher/",
+            ]
+            .iter()
+            .any(|prefix| path.starts_with(prefix));
+            assert_eq!(authorize(path, &Caller::Local).is_ok(), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_is_refused() {
+        for path in ["/swarm.v1.Control/Format", "/", "", "/swarm.v1.Ca/"] {
+            assert!(authorize(path, &peer(NodeRole::Manager)).is_err());
+            assert!(authorize(path, &Caller::Local).is_err());
+            assert!(authorize(path, &Caller::Anonymous).is_err());
+        }
+    }
+}

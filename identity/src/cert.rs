@@ -172,6 +172,12 @@ pub fn chain_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertEr
     }
 }
 
+/// A block of PEM, with plain line ends.
+pub(crate) fn to_pem(tag: &str, der: &[u8]) -> String {
+    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&pem::Pem::new(tag, der), config)
+}
+
 /// The private key of a PEM text.
 ///
 /// # Errors

@@ -117,10 +117,7 @@ pub async fn fetch_root(addr: &str, token: &JoinToken) -> Result<String, JoinErr
     }
     // Only the certificate whose digest was checked is trusted, whatever else came along.
     let chain = crate::cert::chain_from_pem(&answer.cert_pem).map_err(unusable)?;
-    Ok(pem::encode(&pem::Pem::new(
-        "CERTIFICATE",
-        chain[0].as_ref(),
-    )))
+    Ok(crate::cert::to_pem("CERTIFICATE", &chain[0]))
 }
 
 /// Asks the manager at `addr`, verified with `root_pem`, for a new node's

@@ -9,7 +9,6 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use pem::Pem;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::cert::CertError;
@@ -199,7 +198,7 @@ fn encode(stored: &Stored) -> Result<Zeroizing<Vec<u8>>, CertError> {
     let material = &stored.material;
     let mut text = Zeroizing::new(Vec::new());
     let mut put = |tag: &str, mut der: Vec<u8>| {
-        let block = Zeroizing::new(pem::encode(&Pem::new(tag, der.as_slice())));
+        let block = Zeroizing::new(cert::to_pem(tag, &der));
         text.extend_from_slice(block.as_bytes());
         der.zeroize();
     };
@@ -229,7 +228,7 @@ fn decode(text: &[u8]) -> Result<Stored, IdentityError> {
         blocks
             .iter()
             .filter(|block| block.tag() == tag)
-            .map(|block| pem::encode(&Pem::new(as_tag, block.contents())))
+            .map(|block| cert::to_pem(as_tag, block.contents()))
             .collect::<String>()
     };
     let data_key = blocks

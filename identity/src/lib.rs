@@ -16,6 +16,8 @@ pub mod token;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tls_test;
 
 pub use authorize::{Allowed, AuthorizeLayer, Check, Refusal, TABLE, authorize};
 pub use ca::{CaError, NewKey, RootCa, RootDigest};

@@ -1,0 +1,472 @@
+//! Real connections on the loopback: handshakes, joining, renewal, refusals.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
+
+use swarm_proto::v1::ca_client::CaClient;
+use swarm_proto::v1::ca_server::{Ca, CaServer};
+use swarm_proto::v1::control_client::ControlClient;
+use swarm_proto::v1::liveness_client::LivenessClient;
+use swarm_proto::v1::liveness_server::{Liveness, LivenessServer};
+use swarm_proto::v1::{
+    GetRootCaRequest, GetRootCaResponse, IssueCertificateRequest, IssueCertificateResponse,
+    ListNodesRequest, LivenessAck, LivenessReport, NodeAvailability, NodeRole,
+};
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Code, Request, Response, Status};
+
+use super::*;
+use crate::identity::{client_builder, connect_lazy, finish_client, root_store};
+
+/// A CA that makes every caller a manager "n2", and counts how often it is asked.
+#[derive(Clone)]
+struct TestCa {
+    root: Arc<RootCa>,
+    asked: Arc<AtomicUsize>,
+}
+
+#[tonic::async_trait]
+impl Ca for TestCa {
+    async fn get_root_ca(
+        &self,
+        _: Request<GetRootCaRequest>,
+    ) -> Result<Response<GetRootCaResponse>, Status> {
+        Ok(Response::new(GetRootCaResponse {
+            cert_pem: self.root.cert_pem().to_owned().into(),
+        }))
+    }
+
+    async fn issue_certificate(
+        &self,
+        request: Request<IssueCertificateRequest>,
+    ) -> Result<Response<IssueCertificateResponse>, Status> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let subject = PeerIdentity {
+            node_id: "n2".into(),
+            role: NodeRole::Manager,
+            cluster_id: "c1".into(),
+        };
+        let day = Duration::from_secs(24 * 3600);
+        let chain = self
+            .root
+            .sign(&request.get_ref().csr_pem, &subject, day, SystemTime::now())
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        Ok(Response::new(IssueCertificateResponse {
+            cert_chain_pem: chain.into(),
+            node_id: "n2".to_owned(),
+            role: NodeRole::Manager.into(),
+        }))
+    }
+}
+
+/// Answers whoever the layer lets through.
+#[derive(Clone)]
+struct TestLiveness;
+
+#[tonic::async_trait]
+impl Liveness for TestLiveness {
+    async fn report(
+        &self,
+        request: Request<LivenessReport>,
+    ) -> Result<Response<LivenessAck>, Status> {
+        assert!(Caller::of(&request).peer().is_some());
+        assert!(remote_addr(&request).is_some());
+        Ok(Response::new(LivenessAck {}))
+    }
+}
+
+struct Manager {
+    root: Arc<RootCa>,
+    addr: String,
+    asked: Arc<AtomicUsize>,
+    _server: AbortOnDropHandle<()>,
+}
+
+async fn manager_with(limits: Limits, layer: AuthorizeLayer, role: NodeRole) -> Manager {
+    let root = Arc::new(RootCa::create(SystemTime::now()).unwrap());
+    let identity = Identity::new(testing::material(&root, "n1", role)).unwrap();
+    let listener = Listener::bind("127.0.0.1:0", identity)
+        .await
+        .unwrap()
+        .with_limits(limits);
+    let addr = listener.local_addr().unwrap().to_string();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let ca = TestCa {
+        root: Arc::clone(&root),
+        asked: Arc::clone(&asked),
+    };
+    let serve = grpc_server()
+        .layer(layer)
+        .add_service(CaServer::new(ca))
+        .add_service(LivenessServer::new(TestLiveness))
+        .serve_with_incoming(listener.incoming());
+    let server = AbortOnDropHandle::new(tokio::spawn(async move { serve.await.unwrap() }));
+    Manager {
+        root,
+        addr,
+        asked,
+        _server: server,
+    }
+}
+
+async fn manager() -> Manager {
+    manager_with(Limits::default(), AuthorizeLayer::new(), NodeRole::Manager).await
+}
+
+fn identity(root: &RootCa, node: &str, role: NodeRole) -> Arc<Identity> {
+    Identity::new(testing::material(root, node, role)).unwrap()
+}
+
+async fn report(identity: &Arc<Identity>, addr: &str) -> Result<(), Status> {
+    LivenessClient::new(identity.channel(addr).unwrap())
+        .report(LivenessReport::default())
+        .await
+        .map(|_| ())
+}
+
+#[tokio::test]
+async fn managers_talk_and_workers_are_refused_by_name() {
+    let manager = manager().await;
+    let other = identity(&manager.root, "n2", NodeRole::Manager);
+    report(&other, &manager.addr).await.unwrap();
+
+    let worker = identity(&manager.root, "n3", NodeRole::Worker);
+    let refusal = report(&worker, &manager.addr).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::PermissionDenied);
+    assert_eq!(
+        refusal.message(),
+        "/swarm.v1.Liveness/Report is only for managers, not for worker n3"
+    );
+    let refusal = ControlClient::new(worker.channel(&manager.addr).unwrap())
+        .list_nodes(ListNodesRequest::default())
+        .await
+        .unwrap_err();
+    assert_eq!(refusal.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn without_a_certificate_only_the_ca_answers() {
+    let manager = manager().await;
+    let config = client_builder()
+        .unwrap()
+        .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
+        .with_no_client_auth();
+    let config = Arc::new(finish_client(config));
+    let channel = connect_lazy(&manager.addr, move || Arc::clone(&config)).unwrap();
+    CaClient::new(channel.clone())
+        .get_root_ca(GetRootCaRequest {})
+        .await
+        .unwrap();
+    let refusal = LivenessClient::new(channel)
+        .report(LivenessReport::default())
+        .await
+        .unwrap_err();
+    assert_eq!(refusal.code(), Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn too_many_connections_without_a_certificate_are_refused() {
+    let limits = Limits {
+        anonymous: 1,
+        ..Limits::default()
+    };
+    let manager = manager_with(limits, AuthorizeLayer::new(), NodeRole::Manager).await;
+    let token = JoinToken::generate(&manager.root.digest());
+    let config = client_builder()
+        .unwrap()
+        .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
+        .with_no_client_auth();
+    let config = Arc::new(finish_client(config));
+    let held = connect_lazy(&manager.addr, move || Arc::clone(&config)).unwrap();
+    let mut held = CaClient::new(held);
+    held.get_root_ca(GetRootCaRequest {}).await.unwrap();
+
+    fetch_root(&manager.addr, &token).await.unwrap_err();
+    let member = identity(&manager.root, "n2", NodeRole::Manager);
+    report(&member, &manager.addr).await.unwrap();
+    held.get_root_ca(GetRootCaRequest {}).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_ca_is_refused_both_ways() {
+    let manager = manager().await;
+    let foreign = RootCa::create(SystemTime::now()).unwrap();
+    // The foreigner does not accept the manager…
+    let stranger = identity(&foreign, "n2", NodeRole::Manager);
+    assert!(report(&stranger, &manager.addr).await.is_err());
+    // …and the manager does not accept a foreigner who would accept it.
+    let key = testing::material(&foreign, "n2", NodeRole::Manager);
+    let config = client_builder()
+        .unwrap()
+        .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
+        .with_client_auth_cert(
+            cert::chain_from_pem(key.chain_pem.as_bytes()).unwrap(),
+            cert::key_from_pem(key.key_pem.as_bytes()).unwrap(),
+        )
+        .unwrap();
+    let config = Arc::new(finish_client(config));
+    let channel = connect_lazy(&manager.addr, move || Arc::clone(&config)).unwrap();
+    let refused = CaClient::new(channel)
+        .get_root_ca(GetRootCaRequest {})
+        .await;
+    assert!(refused.is_err());
+    // Others are served as before.
+    let member = identity(&manager.root, "n3", NodeRole::Manager);
+    report(&member, &manager.addr).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_s_certificate_does_not_pass_for_a_manager_s() {
+    let impostor = manager_with(Limits::default(), AuthorizeLayer::new(), NodeRole::Worker).await;
+    let member = identity(&impostor.root, "n2", NodeRole::Manager);
+    assert!(report(&member, &impostor.addr).await.is_err());
+}
+
+#[tokio::test]
+async fn half_open_handshakes_are_dropped_and_hold_up_nobody() {
+    let limits = Limits {
+        handshake_timeout: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let manager = manager_with(limits, AuthorizeLayer::new(), NodeRole::Manager).await;
+    let addr: SocketAddr = manager.addr.parse().unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        silent.push(tokio::net::TcpStream::connect(addr).await.unwrap());
+    }
+    let member = identity(&manager.root, "n2", NodeRole::Manager);
+    report(&member, &manager.addr).await.unwrap();
+    for mut connection in silent {
+        let end = connection.read(&mut [0; 16]).await;
+        match end {
+            Ok(read) => assert_eq!(read, 0),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_the_check_refuses_is_refused_at_each_request() {
+    let (removed, seen) = watch::channel(false);
+    let check: Check = Arc::new(move |peer| {
+        if *seen.borrow() {
+            return Err(format!(
+                "node {} was removed from the cluster",
+                peer.node_id
+            ));
+        }
+        Ok(peer.role)
+    });
+    let layer = AuthorizeLayer::with_check(check);
+    let manager = manager_with(Limits::default(), layer, NodeRole::Manager).await;
+    let member = identity(&manager.root, "n2", NodeRole::Manager);
+    let channel = member.channel(&manager.addr).unwrap();
+    let mut client = LivenessClient::new(channel);
+    client.report(LivenessReport::default()).await.unwrap();
+    removed.send(true).unwrap();
+    let refusal = client.report(LivenessReport::default()).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::PermissionDenied);
+    assert!(
+        refusal
+            .message()
+            .ends_with("node n2 was removed from the cluster"),
+        "{refusal}"
+    );
+}
+
+#[tokio::test]
+async fn a_demoted_manager_has_a_worker_s_rights_at_once() {
+    let layer = AuthorizeLayer::with_check(Arc::new(|_| Ok(NodeRole::Worker)));
+    let manager = manager_with(Limits::default(), layer, NodeRole::Manager).await;
+    let member = identity(&manager.root, "n2", NodeRole::Manager);
+    let refusal = report(&member, &manager.addr).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_node_joins_with_the_root_checked_first() {
+    let manager = manager().await;
+    let token = JoinToken::generate(&manager.root.digest());
+    let root = fetch_root(&manager.addr, &token).await.unwrap();
+    assert_eq!(manager.asked.load(Ordering::SeqCst), 0);
+    let material = request_certificate(
+        &manager.addr,
+        &root,
+        &token,
+        NodeAvailability::Active,
+        "host2",
+    )
+    .await
+    .unwrap();
+    let joined = Identity::new(material).unwrap();
+    assert_eq!(joined.node_id().as_str(), "n2");
+    report(&joined, &manager.addr).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_root_that_is_not_the_token_s_gets_nothing() {
+    let manager = manager().await;
+    let token = JoinToken::generate(&RootDigest::of_der(b"another root"));
+    let error = fetch_root(&manager.addr, &token).await.unwrap_err();
+    assert!(!error.retryable());
+    assert!(
+        error
+            .to_string()
+            .starts_with("remote CA does not match fingerprint. Expected: "),
+        "{error}"
+    );
+    // And a manager of another root is not asked for a certificate.
+    let other = RootCa::create(SystemTime::now()).unwrap();
+    request_certificate(
+        &manager.addr,
+        other.cert_pem(),
+        &token,
+        NodeAvailability::Active,
+        "host2",
+    )
+    .await
+    .unwrap_err();
+    assert_eq!(manager.asked.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_change_of_role_renews_the_certificate_without_a_restart() {
+    let manager = manager().await;
+    let directory = tempfile::tempdir().unwrap();
+    let store = KeyStore::new(directory.path());
+    let material = testing::material(&manager.root, "n2", NodeRole::Worker);
+    let data_key = DataKey::random();
+    store
+        .save(&Stored {
+            material: material.clone(),
+            data_key: data_key.clone(),
+        })
+        .unwrap();
+    let node = Identity::new(material).unwrap();
+    report(&node, &manager.addr).await.unwrap_err();
+
+    let mut changed = node.changed();
+    let (role, roles) = watch::channel(NodeRole::Worker);
+    // One manager does not answer: the next is asked.
+    let (_managers, addrs) = watch::channel(vec!["127.0.0.1:1".to_owned(), manager.addr.clone()]);
+    let cancel = CancellationToken::new();
+    let renewing = tokio::spawn(keep_renewed(
+        Arc::clone(&node),
+        store.clone(),
+        addrs,
+        roles,
+        cancel.clone(),
+    ));
+    role.send(NodeRole::Manager).unwrap();
+    changed.changed().await.unwrap();
+    assert_eq!(node.role(), NodeRole::Manager);
+    report(&node, &manager.addr).await.unwrap();
+    let stored = store.load().unwrap().unwrap();
+    assert_eq!(stored.data_key, data_key);
+    assert_eq!(
+        Identity::new(stored.material).unwrap().role(),
+        NodeRole::Manager
+    );
+    cancel.cancel();
+    renewing.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_shows_its_new_certificate_to_the_next_connection() {
+    let root = RootCa::create(SystemTime::now()).unwrap();
+    let server = identity(&root, "n1", NodeRole::Manager);
+    let listener = Listener::bind("127.0.0.1:0", Arc::clone(&server))
+        .await
+        .unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let serve = grpc_server()
+        .layer(AuthorizeLayer::new())
+        .add_service(LivenessServer::new(TestLiveness))
+        .serve_with_incoming(listener.incoming());
+    let _server = AbortOnDropHandle::new(tokio::spawn(async move { serve.await.unwrap() }));
+    // A new root altogether: who knows only the old one is out, who knows the new one is in.
+    let new_root = RootCa::create(SystemTime::now()).unwrap();
+    let old_member = identity(&root, "n2", NodeRole::Manager);
+    let new_member = identity(&new_root, "n3", NodeRole::Manager);
+    report(&old_member, &addr).await.unwrap();
+    report(&new_member, &addr).await.unwrap_err();
+    server
+        .replace(testing::material(&new_root, "n1", NodeRole::Manager))
+        .unwrap();
+    report(&new_member, &addr).await.unwrap();
+    report(&old_member, &addr).await.unwrap_err();
+    // Another node's certificate is not taken.
+    let stranger = testing::material(&new_root, "n9", NodeRole::Manager);
+    assert!(matches!(
+        server.replace(stranger),
+        Err(IdentityError::Stranger { .. })
+    ));
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_refused() {
+    let manager = manager().await;
+    let key = NewKey::generate().unwrap();
+    let subject = PeerIdentity {
+        node_id: "n2".into(),
+        role: NodeRole::Manager,
+        cluster_id: "c1".into(),
+    };
+    let long_ago = SystemTime::now() - Duration::from_secs(100 * 24 * 3600);
+    let chain = manager
+        .root
+        .sign(key.csr_pem.as_bytes(), &subject, ca::LIFE_MIN, long_ago)
+        .unwrap();
+    let expired = Identity::new(KeyMaterial {
+        chain_pem: chain,
+        key_pem: zeroize::Zeroizing::new(key.key_pem),
+        root_pem: manager.root.cert_pem().to_owned(),
+    })
+    .unwrap();
+    assert!(expired.validity().expired(SystemTime::now()));
+    report(&expired, &manager.addr).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn the_local_socket_is_root_s_and_a_dead_one_is_replaced() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run/swarm.sock");
+    let first = LocalListener::bind(&path).await.unwrap();
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o660);
+    let error = LocalListener::bind(&path).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddrInUse);
+    drop(first);
+    let second = LocalListener::bind(&path).await.unwrap();
+    let _client = tokio::net::UnixStream::connect(&path).await.unwrap();
+    let mut incoming = std::pin::pin!(second.incoming());
+    let connection = futures::StreamExt::next(&mut incoming)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(connection.info().caller, Caller::Local);
+}
+
+#[test]
+fn an_address_without_a_port_is_refused() {
+    let root = RootCa::create(SystemTime::now()).unwrap();
+    let node = identity(&root, "n1", NodeRole::Manager);
+    for wrong in [
+        "",
+        "host",
+        "host:",
+        ":2377",
+        "host:0",
+        "host:99999",
+        "a b:1",
+    ] {
+        assert!(node.channel(wrong).is_err(), "{wrong}");
+    }
+}
