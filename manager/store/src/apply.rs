@@ -4,6 +4,7 @@
 //! proposer's, addresses come from the state. Work per action grows with the
 //! logarithm of what is stored, never with its size.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
@@ -11,13 +12,14 @@ use prost_types::Timestamp;
 use swarm_proto::task_state::{is_terminal, may_advance};
 use swarm_proto::v1::rejection::Code;
 use swarm_proto::v1::{
-    AllocateRaftId, Annotations, Cluster, Endpoint, ManagerStatus, Meta, Network, Node,
-    NodeObservation, NodeState, Object, ObjectKind, RemoveObject, Service, ServiceSpec,
-    StoreAction, Task, TaskState, TaskStatus, TaskStatusUpdate, Transaction, Version, object,
-    service_mode, store_action,
+    AllocateRaftId, Annotations, Cluster, Endpoint, EndpointMode, ManagerStatus, Meta, Network,
+    NetworkAttachment, Node, NodeObservation, NodeState, Object, ObjectKind, Reason, RemoveObject,
+    Service, ServiceSpec, StoreAction, Task, TaskState, TaskStatus, TaskStatusUpdate, Transaction,
+    Version, VirtualIp, object, service_mode, store_action,
 };
 use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
 
+use crate::allocator::{Exhausted, Names, Waiter, address_pools};
 use crate::state::{Applied, Event, Rejection, State};
 
 /// Why an action cannot be done; its place in the list is filled in by [`State::apply`].
@@ -58,6 +60,7 @@ impl State {
             index,
             at: transaction.proposed_at,
             events: Vec::with_capacity(transaction.actions.len()),
+            freed: BTreeSet::new(),
         };
         for (place, action) in transaction.actions.iter().enumerate() {
             draft.act(action).map_err(|rejection| Rejection {
@@ -65,6 +68,7 @@ impl State {
                 ..rejection
             })?;
         }
+        draft.serve_waiters();
         Ok(Applied {
             state: draft.state,
             events: draft.events,
@@ -86,6 +90,8 @@ pub(crate) struct Draft {
     index: u64,
     at: Option<Timestamp>,
     events: Vec<Event>,
+    /// Networks on which an address was given back.
+    freed: BTreeSet<String>,
 }
 
 impl Draft {
@@ -197,6 +203,7 @@ impl Draft {
             return Err(refuse(Code::AlreadyExists, message));
         }
         check_id("cluster", &new.id)?;
+        address_pools(Some(&new))?;
         new.meta = self.created_meta();
         self.put_cluster(new);
         Ok(())
@@ -214,6 +221,7 @@ impl Draft {
         )?;
         new.meta = self.updated_meta(&old.meta);
         new.next_raft_id = old.next_raft_id;
+        address_pools(Some(&new))?;
         self.put_cluster(new);
         Ok(())
     }
@@ -308,6 +316,8 @@ impl Draft {
         if expected != 0 {
             self.check_version(ObjectKind::Node, id, &old.meta, expected)?;
         }
+        let node_id = NodeId::from(id);
+        self.state.ipam.note_routes(&node_id, Some(&old), None);
         self.state.nodes.remove(id);
         self.events.push(Event::Node {
             old: Some(old),
@@ -319,7 +329,8 @@ impl Draft {
     fn put_node(&mut self, new: Node) {
         let new = Arc::new(new);
         let id = NodeId::from(&new.id);
-        let old = self.state.nodes.insert(id, new.clone());
+        let old = self.state.nodes.insert(id.clone(), new.clone());
+        self.state.ipam.note_routes(&id, old.as_deref(), Some(&new));
         self.events.push(Event::Node {
             old,
             new: Some(new),
@@ -340,6 +351,7 @@ impl Draft {
         new.previous_spec_version = None;
         new.status = None;
         new.endpoint = Some(endpoint_of(&new));
+        self.allocate_vips(&mut new, false);
         self.put_service(new);
         Ok(())
     }
@@ -371,6 +383,8 @@ impl Draft {
             endpoint.virtual_ips.clone_from(&old.virtual_ips);
         }
         new.endpoint = Some(endpoint);
+        new.reason.clone_from(&old.reason);
+        self.allocate_vips(&mut new, false);
         self.put_service(new);
         Ok(())
     }
@@ -407,6 +421,15 @@ impl Draft {
         if expected != 0 {
             self.check_version(ObjectKind::Service, id, &old.meta, expected)?;
         }
+        let vips = old
+            .endpoint
+            .iter()
+            .flat_map(|endpoint| &endpoint.virtual_ips);
+        for vip in vips {
+            self.give_back(&vip.network_id, &vip.addr);
+        }
+        let waiter = Waiter::Service(ServiceId::from(id));
+        self.state.ipam.stop_waiting(&waiter);
         self.unindex_service(&old);
         self.state.services.remove(id);
         self.events.push(Event::Service {
@@ -470,6 +493,15 @@ impl Draft {
         let status = new.status.get_or_insert_default();
         if status.timestamp.is_none() {
             status.timestamp = self.at;
+        }
+        if wants_addresses(&new)
+            && let Err(Exhausted(network)) = self.allocate_task(&mut new, false)
+        {
+            if state_of(&new) != TaskState::New {
+                let message = self.exhausted_message(&network);
+                return Err(refuse(Code::PoolExhausted, message));
+            }
+            self.keep_waiting(&mut new, network);
         }
         self.put_task(new);
         Ok(())
@@ -547,6 +579,8 @@ impl Draft {
         if expected != 0 {
             self.check_version(ObjectKind::Task, id, &old.meta, expected)?;
         }
+        let waiter = Waiter::Task(TaskId::from(id));
+        self.state.ipam.stop_waiting(&waiter);
         self.unindex_task(&old, None);
         self.state.tasks.remove(id);
         self.events.push(Event::Task {
@@ -561,6 +595,10 @@ impl Draft {
         let id = TaskId::from(&new.id);
         match self.state.tasks.get(&id).cloned() {
             Some(old) => {
+                if !wants_addresses(&new) {
+                    let waiter = Waiter::Task(id.clone());
+                    self.state.ipam.stop_waiting(&waiter);
+                }
                 self.unindex_task(&old, Some(&new));
                 self.state.index_task(&id, &new, Some(&old));
             }
@@ -573,7 +611,8 @@ impl Draft {
         });
     }
 
-    /// Takes `old` out of the indexes that `new` is no longer in.
+    /// Takes `old` out of the indexes that `new` is no longer in, and its
+    /// addresses with it.
     fn unindex_task(&mut self, old: &Task, new: Option<&Task>) {
         if new.is_none() {
             forget(
@@ -587,6 +626,9 @@ impl Draft {
             for attachment in &old.networks {
                 let network = attachment.network_id.as_str();
                 forget(&mut self.state.tasks_by_network, network, old.id.as_str());
+                for address in &attachment.addresses {
+                    self.give_back(network, address);
+                }
             }
         }
     }
@@ -599,6 +641,22 @@ impl Draft {
             return Err(already_exists("network", &new.id));
         }
         self.check_network(&new)?;
+        new.mtu = mtu_of(&new)?;
+        let before = &self.state;
+        let names = Names {
+            network: &|id| {
+                before
+                    .network(id)
+                    .map_or_else(String::new, |n| network_name(n).into())
+            },
+            node: &|id| {
+                let node = before.node(id).and_then(|node| node.description.as_ref());
+                node.map_or_else(|| id.to_string(), |known| known.hostname.clone())
+            },
+        };
+        let mut ipam = before.ipam.clone();
+        ipam.add_network(&mut new, before.cluster.as_deref(), &names)?;
+        self.state.ipam = ipam;
         new.meta = self.created_meta();
         self.put_network(new);
         Ok(())
@@ -665,6 +723,7 @@ impl Draft {
                 format!("network {id} is in use by {user}"),
             ));
         }
+        self.state.ipam.remove_network(&old);
         self.state.networks.remove(id);
         self.state.network_names.remove(network_name(&old));
         self.events.push(Event::Network {
@@ -674,7 +733,7 @@ impl Draft {
         Ok(())
     }
 
-    /// The first service whose spec names the network, or else the first task that holds an address there.
+    /// A service whose spec names the network, or else a task that has an address there or waits for its addresses.
     fn user_of_network(&self, id: &str) -> Option<String> {
         let service = self
             .state
@@ -687,7 +746,20 @@ impl Draft {
             .get(id)
             .and_then(OrdSet::get_min);
         let service = service.map(|service| format!("service {service}"));
-        service.or_else(|| task.map(|task| format!("task {task}")))
+        let waiting = || {
+            let waiters = self.state.ipam.waiting().map(|(who, _, _)| who);
+            waiters.into_iter().find_map(|who| match who {
+                Waiter::Task(task) => {
+                    let found = self.state.task(task)?;
+                    networks_of_task(found)
+                        .any(|named| named == id)
+                        .then_some(task)
+                }
+                Waiter::Service(_) => None,
+            })
+        };
+        let task = || task.or_else(waiting).map(|task| format!("task {task}"));
+        service.or_else(task)
     }
 
     fn put_network(&mut self, new: Network) {
@@ -704,6 +776,210 @@ impl Draft {
             new: Some(new),
         });
     }
+}
+
+// --- Allocation --------------------------------------------------------------------
+
+impl Draft {
+    fn give_back(&mut self, network: &str, address: &str) {
+        self.state.ipam.give_address(network, address);
+        self.freed.insert(network.to_owned());
+    }
+
+    /// Gives the task an address on each of its networks and makes it PENDING,
+    /// or changes nothing.
+    fn allocate_task(&mut self, task: &mut Task, late: bool) -> Result<(), Exhausted> {
+        let before = self.state.ipam.clone();
+        let mut attachments = Vec::new();
+        let wanted = task.spec.iter().flat_map(|spec| &spec.networks);
+        for wanted in wanted {
+            match self.state.ipam.take_address(&wanted.target, late) {
+                Ok(address) => attachments.push(NetworkAttachment {
+                    network_id: wanted.target.clone(),
+                    addresses: vec![address],
+                    aliases: wanted.aliases.clone(),
+                }),
+                Err(exhausted) => {
+                    self.state.ipam = before;
+                    return Err(exhausted);
+                }
+            }
+        }
+        task.networks = attachments;
+        let status = task.status.get_or_insert_default();
+        if status.state() == TaskState::New {
+            *status = TaskStatus {
+                timestamp: self.at,
+                state: TaskState::Pending.into(),
+                message: "pending task scheduling".into(),
+                ..TaskStatus::default()
+            };
+        }
+        Ok(())
+    }
+
+    /// The task stays NEW and says why.
+    fn keep_waiting(&mut self, task: &mut Task, network: NetworkId) {
+        let since = task
+            .status
+            .as_ref()
+            .and_then(|status| status.reason.as_ref()?.since);
+        let reason = self.exhausted_reason(&network, since);
+        let status = task.status.get_or_insert_default();
+        status.err.clone_from(&reason.message);
+        status.reason = Some(reason);
+        let waiter = Waiter::Task(TaskId::from(&task.id));
+        self.state.ipam.wait(waiter, network);
+    }
+
+    /// Makes the service's virtual addresses fit its networks: those it still
+    /// needs stay as they are. What cannot be had now is waited for.
+    fn allocate_vips(&mut self, service: &mut Service, late: bool) {
+        let networks: Vec<String> = match uses_vips(service) {
+            true => networks_of_service(service).map(str::to_owned).collect(),
+            false => Vec::new(),
+        };
+        let mut endpoint = service.endpoint.take().unwrap_or_default();
+        let held = std::mem::take(&mut endpoint.virtual_ips);
+        let (kept, obsolete): (Vec<_>, Vec<_>) = held
+            .into_iter()
+            .partition(|vip| networks.contains(&vip.network_id));
+        for vip in obsolete {
+            self.give_back(&vip.network_id, &vip.addr);
+        }
+        let mut missing = None;
+        for network in networks {
+            if let Some(vip) = kept.iter().find(|vip| vip.network_id == network) {
+                endpoint.virtual_ips.push(vip.clone());
+                continue;
+            }
+            match self.state.ipam.take_address(&network, late) {
+                Ok(addr) => endpoint.virtual_ips.push(VirtualIp {
+                    network_id: network,
+                    addr,
+                }),
+                Err(Exhausted(network)) => missing = missing.or(Some(network)),
+            }
+        }
+        service.endpoint = Some(endpoint);
+        let waiter = Waiter::Service(ServiceId::from(&service.id));
+        match missing {
+            Some(network) => {
+                let since = service.reason.as_ref().and_then(|reason| reason.since);
+                service.reason = Some(self.exhausted_reason(&network, since));
+                self.state.ipam.wait(waiter, network);
+            }
+            None => {
+                service.reason = None;
+                self.state.ipam.stop_waiting(&waiter);
+            }
+        }
+    }
+
+    /// Gives the addresses that this transaction has freed to those who wait
+    /// for them, in the order of their turns.
+    fn serve_waiters(&mut self) {
+        while let Some(network) = self.freed.pop_first() {
+            while let Some(waiter) = self.state.ipam.first_waiting(&network).cloned() {
+                let still_blocked = match &waiter {
+                    Waiter::Task(id) => self.serve_task(id),
+                    Waiter::Service(id) => self.serve_service(id),
+                };
+                if still_blocked.is_some_and(|blocked| *blocked == *network) {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Tries again. Returns the network that still has no address for it.
+    fn serve_task(&mut self, id: &TaskId) -> Option<NetworkId> {
+        let Some(old) = self.state.tasks.get(id).cloned() else {
+            let waiter = Waiter::Task(id.clone());
+            self.state.ipam.stop_waiting(&waiter);
+            return None;
+        };
+        let mut new = (*old).clone();
+        let blocked = match self.allocate_task(&mut new, true) {
+            Ok(()) => {
+                let waiter = Waiter::Task(id.clone());
+                self.state.ipam.stop_waiting(&waiter);
+                None
+            }
+            Err(Exhausted(network)) => {
+                self.keep_waiting(&mut new, network.clone());
+                Some(network)
+            }
+        };
+        if new != *old {
+            new.meta = self.updated_meta(&old.meta);
+            self.put_task(new);
+        }
+        blocked
+    }
+
+    fn serve_service(&mut self, id: &ServiceId) -> Option<NetworkId> {
+        let waiter = Waiter::Service(id.clone());
+        let Some(old) = self.state.services.get(id).cloned() else {
+            self.state.ipam.stop_waiting(&waiter);
+            return None;
+        };
+        let mut new = (*old).clone();
+        self.allocate_vips(&mut new, true);
+        if new != *old {
+            new.meta = self.updated_meta(&old.meta);
+            self.put_service(new);
+        }
+        let blocked = self.state.ipam.waits_for(&waiter);
+        blocked.cloned()
+    }
+
+    fn exhausted_message(&self, network: &NetworkId) -> String {
+        let name = self
+            .state
+            .network(network)
+            .map_or("", |network| network_name(network));
+        format!("no free address on network {name}; remove tasks or use a larger subnet")
+    }
+
+    fn exhausted_reason(&self, network: &NetworkId, since: Option<Timestamp>) -> Reason {
+        Reason {
+            code: "address-pool-exhausted".into(),
+            object: format!("network {network}"),
+            message: self.exhausted_message(network),
+            since: since.or(self.at),
+        }
+    }
+}
+
+/// Nobody has given it addresses yet, and it may still run.
+fn wants_addresses(task: &Task) -> bool {
+    task.networks.is_empty()
+        && !is_terminal(state_of(task))
+        && task.desired_state <= TaskState::Running as i32
+}
+
+fn uses_vips(service: &Service) -> bool {
+    let endpoint = service
+        .endpoint
+        .as_ref()
+        .and_then(|endpoint| endpoint.spec.as_ref());
+    endpoint.is_none_or(|spec| spec.mode() == EndpointMode::Vip)
+}
+
+fn mtu_of(network: &Network) -> Result<u32, Rejection> {
+    const OPTION: &str = "com.docker.network.driver.mtu";
+    let options = network.spec.as_ref().map(|spec| &spec.driver_opts);
+    let Some(text) = options.and_then(|options| options.get(OPTION)) else {
+        return Ok(0);
+    };
+    let mtu = text.parse().ok().filter(|mtu| (68..=65_535).contains(mtu));
+    mtu.ok_or_else(|| {
+        refuse(
+            Code::Invalid,
+            format!("invalid {OPTION} {text}: it should be 68 to 65535"),
+        )
+    })
 }
 
 // --- Indexes: one way in, for apply and for a snapshot that is read -------------

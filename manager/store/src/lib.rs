@@ -7,14 +7,17 @@
 //! tells watchers what changed. [`Consensus`] is the seam to the raft group;
 //! [`testing::LocalConsensus`] stands in for it in tests.
 
+mod allocator;
 mod apply;
 pub mod consensus;
+mod snapshot;
 pub mod state;
 pub mod store;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 pub use consensus::{Consensus, Leadership, Member, MembershipError, ProposeError, ReadError};
+pub use snapshot::{DecodeError, Encoder};
 pub use state::{Applied, Event, Rejection, ResolveError, State};
 pub use store::{Change, Store, Watch, WatchError};
 pub use swarm_proto::v1::ObjectKind;

@@ -9,10 +9,12 @@ use swarm_proto::v1::{
 };
 use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
 
+use crate::allocator::Ipam;
+
 pub use swarm_proto::v1::Rejection;
 
 /// The replicated state after one log entry. Cloning is O(1).
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     pub(crate) index: u64,
     pub(crate) term: u64,
@@ -28,6 +30,7 @@ pub struct State {
     pub(crate) tasks_by_node: OrdMap<NodeId, OrdSet<TaskId>>,
     pub(crate) tasks_by_network: OrdMap<NetworkId, OrdSet<TaskId>>,
     pub(crate) services_by_network: OrdMap<NetworkId, OrdSet<ServiceId>>,
+    pub(crate) ipam: Ipam,
 }
 
 /// One object's change, as watchers see it: before (`None` when it was created)
