@@ -490,6 +490,7 @@ impl Draft {
         check_state(new.desired_state)?;
         new.meta = self.created_meta();
         new.networks.clear();
+        new.running_since = None;
         let status = new.status.get_or_insert_default();
         if status.timestamp.is_none() {
             status.timestamp = self.at;
@@ -545,6 +546,7 @@ impl Draft {
             return Err(refuse(Code::Invalid, message));
         }
         new.networks.clone_from(&old.networks);
+        new.running_since = old.running_since;
         new.meta = self.updated_meta(&old.meta);
         self.put_task(new);
         Ok(())
@@ -564,8 +566,10 @@ impl Draft {
                 && !is_terminal(current)
                 && is_news(old.status.as_ref(), reported));
         if taken {
+            let runs = reported.state() == TaskState::Running;
             self.put_task(Task {
                 status: Some(reported.clone()),
+                running_since: old.running_since.or(if runs { self.at } else { None }),
                 meta: self.updated_meta(&old.meta),
                 ..(*old).clone()
             });
