@@ -38,7 +38,6 @@ pub const TABLE: &[(&str, Allowed)] = &[
     ("/swarm.v1.Dispatcher/Session", Allowed::Node),
     ("/swarm.v1.Liveness/Report", Allowed::Manager),
     ("/swarm.v1.Raft/AppendEntries", Allowed::Manager),
-    ("/swarm.v1.Raft/StreamAppend", Allowed::Manager),
     ("/swarm.v1.Raft/Vote", Allowed::Manager),
     ("/swarm.v1.Raft/PreVote", Allowed::Manager),
     ("/swarm.v1.Raft/TransferLeader", Allowed::Manager),
