@@ -1,6 +1,5 @@
 //! Everything a manager decides.
 
-pub mod ca;
 pub mod clock;
 pub mod leader;
 pub mod orchestrator;

@@ -1,1 +1,24 @@
-//! placeholder
+//! Consensus and disk: openraft on sled, snapshots, transport, membership.
+//!
+//! [`RaftNode`] is the real [`swarm_store::Consensus`]. Everything of openraft
+//! and of sled stays in this crate. Log, snapshots and the member's ID live in
+//! one directory, encrypted; what cannot be read as it was written keeps the
+//! manager from starting.
+
+mod disk;
+mod error;
+mod group;
+mod log;
+mod member;
+mod node;
+mod runtime;
+mod seal;
+mod service;
+mod snapshot;
+mod state_machine;
+mod transport;
+mod types;
+
+pub use error::{DiskError, RaftFatal, StartError};
+pub use node::{RaftConfig, RaftNode, RaftTiming};
+pub use service::RaftService;

@@ -1,0 +1,976 @@
+//! One member's view of its raft group: proposals, reads, leadership, membership.
+//!
+//! Whatever a follower is asked for goes to the leader, for as long as it is
+//! certain that nothing has been done yet. Starts no loops of its own; its
+//! owner runs [`Group::watch`] and [`Group::enter`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver as _;
+use openraft::errors::{
+    ChangeMembershipError, ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError,
+};
+use openraft::{ChangeMembers, Instant as _, Raft, RaftMetrics, ReadPolicy};
+use swarm_proto::defaults::TRANSACTION_MAX;
+use swarm_proto::v1::store_action::Action;
+use swarm_proto::v1::{
+    AllocateRaftId, JoinRequest, JoinResponse, LeaveRequest, NodeRole, ProposeRequest, RaftPeer,
+    ReadIndexRequest, StoreAction, Transaction,
+};
+use swarm_proto::{ClusterId, NodeId};
+use swarm_store::{Leadership, Member, MembershipError, ProposeError, ReadError, State, Store};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+
+use crate::error::{FatalReporter, failed};
+use crate::node::RaftTiming;
+use crate::state_machine::StateMachine;
+use crate::transport::{Lane, Pool, leader_hint, not_done};
+use crate::types::{Command, LogId, Peer, TypeConfig};
+
+/// How long a proposal or a read looks for a leader.
+const NO_LEADER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a proposal that has been submitted is waited for.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(10);
+/// For one round of asking a quorum whether this one still leads.
+const READ_PATIENCE: Duration = Duration::from_secs(2);
+/// For one change of the membership, without the catching up.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a learner may take to catch up.
+const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
+/// For handing leadership over.
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(3);
+/// Waits between attempts grow from the first to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(400));
+
+pub(crate) type Core = Raft<TypeConfig, StateMachine>;
+
+/// What all parts of a running member share.
+pub(crate) struct Group {
+    pub(crate) raft: Core,
+    pub(crate) raft_id: u64,
+    pub(crate) node_id: NodeId,
+    pub(crate) cluster_id: ClusterId,
+    pub(crate) addr: String,
+    pub(crate) dir: PathBuf,
+    pub(crate) timing: RaftTiming,
+    /// When the cluster does not say.
+    pub(crate) snapshot_interval: u64,
+    pub(crate) store: Arc<Store>,
+    pub(crate) applied: watch::Receiver<Option<LogId>>,
+    pub(crate) pool: Pool,
+    pub(crate) leadership: watch::Sender<Leadership>,
+    /// Whether this member is in: `None` until that is known, then the refusal if it is refused.
+    pub(crate) entered: watch::Sender<Option<Result<(), String>>>,
+    /// Membership changes one at a time.
+    pub(crate) one_change: Semaphore,
+    pub(crate) stop: CancellationToken,
+    pub(crate) fatal: FatalReporter,
+}
+
+/// Why this member itself did not do what only a leader can.
+pub(crate) enum NotHere<E> {
+    /// Another leads, at this address if known. Nothing has been done.
+    Elsewhere(Option<String>),
+    /// Done with, one way or another.
+    Failed(E),
+}
+
+/// Why asking another did not lead to a success.
+enum NotThere<E> {
+    /// Nothing has been done; perhaps the leader is at this address.
+    TryAgain(String, Option<String>),
+    Failed(E),
+}
+
+/// Waits between attempts: a little longer each time, or until something changes.
+struct Attempts {
+    give_up: Instant,
+    wait: Duration,
+}
+
+impl Attempts {
+    fn new(patience: Duration) -> Self {
+        Self {
+            give_up: Instant::now() + patience,
+            wait: BACKOFF.0,
+        }
+    }
+
+    fn over(&self) -> bool {
+        Instant::now() >= self.give_up
+    }
+
+    fn next_wait(&mut self) -> Duration {
+        let wait = self.wait;
+        self.wait = (wait * 2).min(BACKOFF.1);
+        // Several who wait for the same leader need not all come at once.
+        wait.mul_f64(rand::random_range(0.5..1.5))
+    }
+}
+
+impl Group {
+    fn metrics(&self) -> RaftMetrics<TypeConfig> {
+        self.raft.metrics().borrow_watched().clone()
+    }
+
+    /// Waits a little, or until leadership changes; false when this member stops.
+    async fn pause(&self, wait: Duration) -> bool {
+        let mut leadership = self.leadership.subscribe();
+        tokio::select! {
+            () = self.stop.cancelled() => false,
+            _ = leadership.changed() => true,
+            () = tokio::time::sleep(wait) => true,
+        }
+    }
+
+    fn elsewhere<E>(&self, forward: ForwardToLeader<TypeConfig>) -> NotHere<E> {
+        let other = forward.leader_id.is_some_and(|id| id != self.raft_id);
+        NotHere::Elsewhere(forward.leader_node.filter(|_| other).map(|node| node.addr))
+    }
+
+    // --- Proposals -------------------------------------------------------
+
+    /// Commits here if this one leads.
+    pub(crate) async fn propose_here(
+        &self,
+        command: Command,
+    ) -> Result<u64, NotHere<ProposeError>> {
+        let written = tokio::time::timeout(COMMIT_PATIENCE, self.raft.client_write(command)).await;
+        let unknown = |reason: String| Err(NotHere::Failed(ProposeError::Unknown(reason)));
+        match written {
+            Err(_) => unknown(format!("not committed within {COMMIT_PATIENCE:?}")),
+            Ok(Ok(written)) => match written.data.0 {
+                Ok(()) => Ok(written.log_id.index),
+                Err(rejection) => Err(NotHere::Failed(ProposeError::Rejected(rejection))),
+            },
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
+                Err(self.elsewhere(forward))
+            }
+            Ok(Err(error)) => unknown(error.to_string()),
+        }
+    }
+
+    pub(crate) async fn propose(&self, transaction: Transaction) -> Result<u64, ProposeError> {
+        let command = Command::new(&transaction);
+        if command.size() > TRANSACTION_MAX {
+            return Err(ProposeError::TooLarge {
+                size: command.size(),
+                limit: TRANSACTION_MAX,
+            });
+        }
+        let mut attempts = Attempts::new(NO_LEADER_PATIENCE);
+        loop {
+            if self.stop.is_cancelled() {
+                return Err(ProposeError::Stopping);
+            }
+            let mut reason = "none is known".to_owned();
+            let mut leader = match self.propose_here(command.clone()).await {
+                Ok(index) => return Ok(index),
+                Err(NotHere::Failed(error)) => return Err(error),
+                Err(NotHere::Elsewhere(leader)) => leader,
+            };
+            while let Some(addr) = leader.take() {
+                match self.propose_at(&addr, &transaction).await {
+                    Ok(index) => return Ok(index),
+                    Err(NotThere::Failed(error)) => return Err(error),
+                    Err(NotThere::TryAgain(why, hint)) => {
+                        reason = why;
+                        leader = hint.filter(|hint| *hint != addr && !attempts.over());
+                    }
+                }
+            }
+            if attempts.over() {
+                return Err(ProposeError::NoLeader(reason));
+            }
+            if !self.pause(attempts.next_wait()).await {
+                return Err(ProposeError::Stopping);
+            }
+        }
+    }
+
+    async fn propose_at(
+        &self,
+        addr: &str,
+        transaction: &Transaction,
+    ) -> Result<u64, NotThere<ProposeError>> {
+        let request = ProposeRequest {
+            transaction: Some(transaction.clone()),
+        };
+        let call = async {
+            self.pool
+                .client(addr, Lane::Requests)?
+                .propose(request)
+                .await
+        };
+        let answer = tokio::time::timeout(COMMIT_PATIENCE * 2, call).await;
+        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
+            Ok(answer) => match answer.into_inner() {
+                answer if answer.rejection.is_none() => Ok(answer.index),
+                answer => Err(NotThere::Failed(ProposeError::Rejected(
+                    answer.rejection.unwrap_or_default(),
+                ))),
+            },
+            Err(status) if not_done(&status) => Err(again(addr, &status)),
+            Err(status) => Err(NotThere::Failed(ProposeError::Unknown(format!(
+                "manager {addr}: {}",
+                status.message()
+            )))),
+        }
+    }
+
+    // --- Reads -----------------------------------------------------------
+
+    /// The index that a read must have applied, if this one leads.
+    pub(crate) async fn read_index_here(&self) -> Result<u64, NotHere<ReadError>> {
+        let asked = self.raft.get_read_log_id(ReadPolicy::ReadIndex);
+        let no_leader = |reason: String| Err(NotHere::Failed(ReadError::NoLeader(reason)));
+        match tokio::time::timeout(READ_PATIENCE, asked).await {
+            Err(_) => no_leader(format!("no quorum has answered within {READ_PATIENCE:?}")),
+            Ok(Ok((read, _))) => Ok(read.index()),
+            Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)))) => {
+                Err(self.elsewhere(forward))
+            }
+            Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(error)))) => {
+                no_leader(error.to_string())
+            }
+            Ok(Err(RaftError::Fatal(_))) if self.stop.is_cancelled() => {
+                Err(NotHere::Failed(ReadError::Stopping))
+            }
+            Ok(Err(RaftError::Fatal(error))) => no_leader(error.to_string()),
+        }
+    }
+
+    async fn read_index_at(&self, addr: &str) -> Result<u64, NotThere<ReadError>> {
+        let call = async {
+            let mut client = self.pool.client(addr, Lane::Requests)?;
+            client.read_index(ReadIndexRequest {}).await
+        };
+        let answer = tokio::time::timeout(READ_PATIENCE * 2, call).await;
+        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
+            Ok(answer) => Ok(answer.into_inner().index),
+            // A read changes nothing: it can always be tried again.
+            Err(status) => Err(again(addr, &status)),
+        }
+    }
+
+    pub(crate) async fn read(&self) -> Result<Arc<State>, ReadError> {
+        let mut attempts = Attempts::new(NO_LEADER_PATIENCE);
+        let index = loop {
+            if self.stop.is_cancelled() {
+                return Err(ReadError::Stopping);
+            }
+            let mut reason = "none is known".to_owned();
+            let mut leader = match self.read_index_here().await {
+                Ok(index) => break index,
+                Err(NotHere::Failed(ReadError::NoLeader(why))) => {
+                    reason = why;
+                    None
+                }
+                Err(NotHere::Failed(error)) => return Err(error),
+                Err(NotHere::Elsewhere(leader)) => leader,
+            };
+            let mut found = None;
+            while let Some(addr) = leader.take() {
+                match self.read_index_at(&addr).await {
+                    Ok(index) => found = Some(index),
+                    Err(NotThere::Failed(error)) => return Err(error),
+                    Err(NotThere::TryAgain(why, hint)) => {
+                        reason = why;
+                        leader = hint.filter(|hint| *hint != addr && !attempts.over());
+                    }
+                }
+            }
+            if let Some(index) = found {
+                break index;
+            }
+            if attempts.over() {
+                return Err(ReadError::NoLeader(reason));
+            }
+            if !self.pause(attempts.next_wait()).await {
+                return Err(ReadError::Stopping);
+            }
+        };
+        let mut applied = self.applied.clone();
+        let reached = applied.wait_for(|applied| applied.is_some_and(|id| id.index >= index));
+        tokio::select! {
+            () = self.stop.cancelled() => Err(ReadError::Stopping),
+            () = tokio::time::sleep_until(attempts.give_up) => Err(ReadError::NoLeader(
+                format!("this manager has not applied entry {index} yet"),
+            )),
+            reached = reached => match reached {
+                Ok(_) => Ok(self.store.state()),
+                Err(_) => Err(ReadError::Stopping),
+            },
+        }
+    }
+
+    // --- Who leads -------------------------------------------------------
+
+    /// Publishes who leads and asks for snapshots when they are due, until this member stops.
+    pub(crate) async fn watch(self: Arc<Self>) {
+        let mut metrics = self.raft.metrics();
+        let mut asked_at = 0;
+        loop {
+            let (leadership, applied, snapshot, running) = {
+                let metrics = metrics.borrow_watched();
+                (
+                    self.leadership_of(&metrics),
+                    metrics.last_applied.map_or(0, |id| id.index),
+                    metrics.snapshot.map_or(0, |id| id.index),
+                    metrics.running_state.clone(),
+                )
+            };
+            self.publish(leadership);
+            if let Err(error) = running {
+                if !self.stop.is_cancelled() {
+                    self.fatal.report("the raft core", &self.dir, error);
+                }
+                break;
+            }
+            if applied >= snapshot.max(asked_at) + self.snapshot_interval() {
+                asked_at = applied;
+                // An error means that the core has stopped, which the next look shows.
+                let _ = self.raft.trigger().snapshot().await;
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                changed = metrics.changed() => if changed.is_err() { break },
+                // A lost quorum shows by nothing happening.
+                () = tokio::time::sleep(self.timing.election_max) => {}
+            }
+        }
+        self.publish(Leadership {
+            leader: None,
+            is_leader: false,
+            ..self.leadership.borrow().clone()
+        });
+    }
+
+    fn publish(&self, new: Leadership) {
+        self.leadership.send_if_modified(|old| {
+            let changed = *old != new;
+            if changed {
+                tracing::info!(
+                    term = new.term,
+                    is_leader = new.is_leader,
+                    leader = new.leader.as_ref().map_or("none", |leader| &leader.node_id),
+                    "raft leadership"
+                );
+                *old = new;
+            }
+            changed
+        });
+    }
+
+    fn snapshot_interval(&self) -> u64 {
+        let state = self.store.state();
+        let spec = state.cluster().and_then(|cluster| cluster.spec.as_ref());
+        spec.and_then(|spec| spec.snapshot_interval)
+            .filter(|&interval| interval > 0)
+            .unwrap_or(self.snapshot_interval)
+    }
+
+    fn leadership_of(&self, metrics: &RaftMetrics<TypeConfig>) -> Leadership {
+        let term = metrics.current_term;
+        // The first entry of a term is its leader's own: once that is applied,
+        // so is everything committed before the term.
+        let applied_own = metrics
+            .last_applied
+            .is_some_and(|id| id.leader_id.term == term);
+        let alone = metrics.membership_config.voter_ids().count() == 1;
+        let patience = (self.timing.election_max * 4).max(Duration::from_secs(2));
+        let has_quorum = alone
+            || metrics
+                .last_quorum_acked
+                .is_some_and(|acked| acked.elapsed() < patience);
+        let leader = metrics.current_leader.and_then(|id| {
+            members_of(metrics, self.raft_id, self.reach_window())
+                .into_iter()
+                .find(|member| member.raft_id == id)
+                // Reachability is not part of who leads.
+                .map(|member| Member {
+                    reachable: true,
+                    ..member
+                })
+        });
+        Leadership {
+            term,
+            is_leader: metrics.state.is_leader() && applied_own && has_quorum,
+            leader,
+        }
+    }
+
+    /// A member that has not answered for this long counts as unreachable.
+    fn reach_window(&self) -> Duration {
+        (self.timing.election_max * 3).max(Duration::from_millis(1500))
+    }
+
+    pub(crate) fn members(&self) -> Vec<Member> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        members_of(&metrics, self.raft_id, self.reach_window())
+    }
+
+    /// The address of the leader, unless this one leads or none is known.
+    pub(crate) fn leader_addr(&self) -> Option<String> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader.filter(|&id| id != self.raft_id)?;
+        let peer = metrics.membership_config.get_node(&leader)?;
+        Some(peer.addr.clone())
+    }
+
+    // --- Membership ------------------------------------------------------
+
+    pub(crate) async fn add_member(&self, member: Member) -> Result<(), MembershipError> {
+        let _turn = self.one_change.acquire().await.map_err(failed)?;
+        let id = member.raft_id;
+        let peer = Peer {
+            node_id: member.node_id.to_string(),
+            addr: member.addr.clone(),
+        };
+        let metrics = self.leader_metrics()?;
+        let membership = metrics.membership_config.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let former: BTreeSet<u64> = membership
+            .nodes()
+            .filter(|(other, known)| **other != id && known.node_id == peer.node_id)
+            .map(|(other, _)| *other)
+            .collect();
+        match membership.get_node(&id) {
+            Some(known) if *known != peer => {
+                let moved = BTreeMap::from([(id, peer)]);
+                self.change(ChangeMembers::SetNodes(moved)).await?;
+            }
+            Some(_) => {}
+            None => {
+                let new = BTreeMap::from([(id, peer)]);
+                self.change(ChangeMembers::AddNodes(new)).await?;
+            }
+        }
+        if !voters.contains(&id) {
+            if let Err(error) = self.caught_up(id).await {
+                if matches!(error, MembershipError::Failed(_)) {
+                    // It can come again; as a learner that never answers it would only be in the way.
+                    self.change(ChangeMembers::RemoveNodes([id].into())).await?;
+                }
+                return Err(error);
+            }
+            let mut voters = &voters - &former;
+            voters.insert(id);
+            self.change(ChangeMembers::ReplaceAllVoters(voters)).await?;
+        }
+        let left: BTreeSet<u64> = former
+            .into_iter()
+            .filter(|id| self.metrics().membership_config.get_node(id).is_some())
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        // The node was wiped and has come back as another member.
+        self.change(ChangeMembers::RemoveNodes(left)).await
+    }
+
+    fn leader_metrics(&self) -> Result<RaftMetrics<TypeConfig>, MembershipError> {
+        let metrics = self.metrics();
+        if metrics.state.is_leader() {
+            Ok(metrics)
+        } else {
+            Err(MembershipError::NotLeader)
+        }
+    }
+
+    /// Returns once the learner has everything that was in the log when this was called.
+    async fn caught_up(&self, id: u64) -> Result<(), MembershipError> {
+        let target = self.leader_metrics()?.last_log_index;
+        let mut metrics = self.raft.metrics();
+        let wait = async {
+            loop {
+                {
+                    let now = metrics.borrow_watched();
+                    let Some(replication) = &now.replication else {
+                        return Err(MembershipError::NotLeader);
+                    };
+                    let matched = replication.get(&id).copied().flatten();
+                    if matched.map(|id| id.index) >= target {
+                        return Ok(());
+                    }
+                }
+                metrics.changed().await.map_err(failed)?;
+            }
+        };
+        tokio::select! {
+            () = self.stop.cancelled() => Err(failed("the manager is stopping")),
+            result = tokio::time::timeout(CATCH_UP_PATIENCE, wait) => result.unwrap_or_else(|_| {
+                Err(failed(format!("it has not caught up within {CATCH_UP_PATIENCE:?}")))
+            }),
+        }
+    }
+
+    /// Changes the membership, waiting for a change that is under way.
+    async fn change(&self, change: ChangeMembers<u64, Peer>) -> Result<(), MembershipError> {
+        let mut attempts = Attempts::new(CHANGE_PATIENCE);
+        loop {
+            let changing = self.raft.change_membership(change.clone(), false);
+            let changed = tokio::time::timeout(CHANGE_PATIENCE, changing).await;
+            let error = match changed {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(RaftError::APIError(error))) => error,
+                Ok(Err(RaftError::Fatal(error))) => return Err(failed(error)),
+                Err(_) => {
+                    return Err(failed(format!("not committed within {CHANGE_PATIENCE:?}")));
+                }
+            };
+            let wait = matches!(
+                error,
+                ClientWriteError::ChangeMembershipError(
+                    ChangeMembershipError::InProgress(_)
+                        | ChangeMembershipError::UncommittedLeaderLog(_)
+                )
+            );
+            match error {
+                ClientWriteError::ForwardToLeader(_) => return Err(MembershipError::NotLeader),
+                error if !wait || attempts.over() => return Err(failed(error)),
+                _ => {}
+            }
+            if !self.pause(attempts.next_wait()).await {
+                return Err(failed("the manager is stopping"));
+            }
+        }
+    }
+
+    pub(crate) async fn remove_member(&self, raft_id: u64) -> Result<(), MembershipError> {
+        {
+            let _turn = self.one_change.acquire().await.map_err(failed)?;
+            let metrics = self.leader_metrics()?;
+            let members = members_of(&metrics, self.raft_id, self.reach_window());
+            let Some(member) = members.iter().find(|member| member.raft_id == raft_id) else {
+                return Ok(());
+            };
+            if !member.voter {
+                return self
+                    .change(ChangeMembers::RemoveNodes([raft_id].into()))
+                    .await;
+            }
+            may_remove(&members, raft_id)
+                .map_err(|reason| MembershipError::QuorumLoss { reason })?;
+            if raft_id != self.raft_id {
+                return self
+                    .change(ChangeMembers::RemoveVoters([raft_id].into()))
+                    .await;
+            }
+        }
+        self.hand_over().await?;
+        self.ask_to_leave().await
+    }
+
+    /// Hands leadership to the voter that has most, and waits until it is gone.
+    pub(crate) async fn hand_over(&self) -> Result<(), MembershipError> {
+        let metrics = self.leader_metrics()?;
+        let matched = |id: u64| {
+            let replication = metrics.replication.as_ref()?;
+            replication.get(&id).copied().flatten()
+        };
+        let heir = members_of(&metrics, self.raft_id, self.reach_window())
+            .into_iter()
+            .filter(|member| member.voter && member.reachable && member.raft_id != self.raft_id)
+            .map(|member| member.raft_id)
+            .max_by_key(|&id| matched(id))
+            .ok_or_else(|| failed("no other manager can lead"))?;
+        self.raft
+            .trigger()
+            .transfer_leader(heir)
+            .await
+            .map_err(failed)?;
+        let mut watched = self.raft.metrics();
+        let gone = async {
+            loop {
+                let leader = watched.borrow_watched().current_leader;
+                if leader.is_some_and(|id| id != self.raft_id) {
+                    return Ok(());
+                }
+                watched.changed().await.map_err(failed)?;
+            }
+        };
+        tokio::time::timeout(HAND_OVER_PATIENCE, gone)
+            .await
+            .unwrap_or_else(|_| Err(failed("leadership was not taken over")))
+    }
+
+    /// Asks the leader, another one, to take this node out.
+    async fn ask_to_leave(&self) -> Result<(), MembershipError> {
+        let mut attempts = Attempts::new(CHANGE_PATIENCE);
+        loop {
+            let mut reason = "none is known".to_owned();
+            let mut leader = self.leader_addr();
+            while let Some(addr) = leader.take() {
+                let request = LeaveRequest {
+                    node_id: self.node_id.to_string(),
+                };
+                let call = async {
+                    self.pool
+                        .client(&addr, Lane::Requests)?
+                        .leave(request)
+                        .await
+                };
+                let answer = tokio::time::timeout(CHANGE_PATIENCE * 2, call).await;
+                match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
+                    Ok(_) => return Ok(()),
+                    Err(status) if not_done(&status) => {
+                        reason = status.message().to_owned();
+                        leader = leader_hint(&status).filter(|hint| *hint != addr);
+                    }
+                    Err(status) => return Err(failed(status.message())),
+                }
+            }
+            if attempts.over() {
+                return Err(failed(format!("there is no leader to do it: {reason}")));
+            }
+            if !self.pause(attempts.next_wait()).await {
+                return Err(failed("the manager is stopping"));
+            }
+        }
+    }
+
+    // --- Joining ---------------------------------------------------------
+
+    /// Leader: what a node that wants to be a manager is answered.
+    pub(crate) async fn admit(
+        &self,
+        node_id: &NodeId,
+        request: JoinRequest,
+    ) -> Result<JoinResponse, Status> {
+        let node = self.store.state().node(node_id).cloned();
+        let node = node.ok_or_else(|| {
+            Status::permission_denied(format!("node {node_id} is not in the cluster"))
+        })?;
+        let wanted = node.spec.as_ref().map(|spec| spec.desired_role());
+        if wanted.is_some_and(|role| role != NodeRole::Manager) {
+            return Err(Status::permission_denied(format!(
+                "node {node_id} is not to be a manager; promote it first"
+            )));
+        }
+        if request.raft_id == 0 {
+            let raft_id = self.allocate(node_id, &request.addr).await?;
+            return Ok(self.admitted(raft_id));
+        }
+        let current = node.manager_status.as_ref().map(|status| status.raft_id);
+        if current != Some(request.raft_id) {
+            return Err(Status::failed_precondition(format!(
+                "raft ID {} is no longer node {node_id}'s; empty its raft directory and join again",
+                request.raft_id
+            )));
+        }
+        let member = Member {
+            raft_id: request.raft_id,
+            node_id: node_id.clone(),
+            addr: request.addr,
+            voter: true,
+            reachable: true,
+        };
+        match self.add_member(member).await {
+            Ok(()) => Ok(self.admitted(request.raft_id)),
+            Err(error) => Err(self.membership_status(&error)),
+        }
+    }
+
+    async fn allocate(&self, node_id: &NodeId, addr: &str) -> Result<u64, Status> {
+        let transaction = Transaction {
+            actions: vec![allocation(node_id, addr)],
+            proposed_at: Some(std::time::SystemTime::now().into()),
+            proposer: self.node_id.to_string(),
+            term: 0,
+        };
+        match self.propose_here(Command::new(&transaction)).await {
+            Ok(_) => {
+                let state = self.store.state();
+                let status = state.node(node_id).and_then(|n| n.manager_status.as_ref());
+                status
+                    .map(|status| status.raft_id)
+                    .ok_or_else(|| Status::failed_precondition(format!("node {node_id} is gone")))
+            }
+            Err(NotHere::Elsewhere(leader)) => Err(refused("this manager does not lead", leader)),
+            Err(NotHere::Failed(error)) => Err(Status::aborted(error.to_string())),
+        }
+    }
+
+    fn admitted(&self, raft_id: u64) -> JoinResponse {
+        let peer = |member: Member| RaftPeer {
+            raft_id: member.raft_id,
+            node_id: member.node_id.to_string(),
+            addr: member.addr,
+        };
+        JoinResponse {
+            raft_id,
+            members: self.members().into_iter().map(peer).collect(),
+        }
+    }
+
+    pub(crate) fn membership_status(&self, error: &MembershipError) -> Status {
+        match error {
+            MembershipError::NotLeader => refused(&error.to_string(), self.leader_addr()),
+            MembershipError::QuorumLoss { .. } => Status::failed_precondition(error.to_string()),
+            MembershipError::Failed(_) => Status::aborted(error.to_string()),
+        }
+    }
+
+    fn is_in(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = &metrics.membership_config;
+        membership.voter_ids().any(|id| id == self.raft_id)
+            && membership
+                .get_node(&self.raft_id)
+                .is_some_and(|peer| peer.addr == self.addr)
+    }
+
+    /// Has this member made a voter with its present address, unless it is one already.
+    pub(crate) async fn enter(self: Arc<Self>, remotes: Vec<String>) {
+        let mut attempts = Attempts::new(Duration::ZERO);
+        while !self.is_in() {
+            let refusal = if self.raft.is_leader() {
+                self.enter_as_leader().await
+            } else {
+                self.enter_by(&remotes).await
+            };
+            if let Some(reason) = refusal {
+                tracing::error!(%reason, "the raft group does not take this manager in");
+                self.entered.send_replace(Some(Err(reason)));
+                return;
+            }
+            if !self.is_in() && !self.pause(attempts.next_wait()).await {
+                return;
+            }
+        }
+        self.entered.send_replace(Some(Ok(())));
+    }
+
+    /// A leader whose own address has changed.
+    async fn enter_as_leader(&self) -> Option<String> {
+        let me = Member {
+            raft_id: self.raft_id,
+            node_id: self.node_id.clone(),
+            addr: self.addr.clone(),
+            voter: true,
+            reachable: true,
+        };
+        if let Err(error) = self.add_member(me).await {
+            tracing::warn!(%error, "cannot publish this manager's new address yet");
+        }
+        None
+    }
+
+    /// Asks the leader, or whoever knows it. Returns why it is hopeless, if it is.
+    async fn enter_by(&self, remotes: &[String]) -> Option<String> {
+        let known = self.members().into_iter().map(|member| member.addr);
+        let mut candidates: Vec<String> = self
+            .leader_addr()
+            .into_iter()
+            .chain(known)
+            .chain(remotes.iter().cloned())
+            .filter(|addr| *addr != self.addr)
+            .collect();
+        candidates.dedup();
+        candidates.reverse();
+        let mut asked = BTreeSet::new();
+        while let Some(addr) = candidates.pop() {
+            if !asked.insert(addr.clone()) {
+                continue;
+            }
+            let request = JoinRequest {
+                addr: self.addr.clone(),
+                raft_id: self.raft_id,
+            };
+            let asking = join_at(&self.pool, &addr, request, CATCH_UP_PATIENCE * 2);
+            let answer = tokio::select! {
+                () = self.stop.cancelled() => return None,
+                answer = asking => answer,
+            };
+            match answer {
+                Ok(_) => return None,
+                Err(status) if hopeless(&status) => return Some(status.message().to_owned()),
+                Err(status) => {
+                    tracing::debug!(%addr, reason = status.message(), "not taken in yet");
+                    candidates.extend(leader_hint(&status));
+                }
+            }
+        }
+        None
+    }
+}
+
+/// The action that gives a node its raft ID.
+pub(crate) fn allocation(node_id: &str, addr: &str) -> StoreAction {
+    StoreAction {
+        action: Some(Action::AllocateRaftId(AllocateRaftId {
+            node_id: node_id.to_owned(),
+            addr: addr.to_owned(),
+        })),
+    }
+}
+
+/// Asks the manager at `addr` to be taken in.
+pub(crate) async fn join_at(
+    pool: &Pool,
+    addr: &str,
+    request: JoinRequest,
+    within: Duration,
+) -> Result<JoinResponse, Status> {
+    let call = async { pool.client(addr, Lane::Requests)?.join(request).await };
+    tokio::time::timeout(within, call)
+        .await
+        .map_err(|_| Status::deadline_exceeded(format!("{addr} has not answered")))?
+        .map(tonic::Response::into_inner)
+}
+
+/// Whether another attempt would be answered the same.
+pub(crate) fn hopeless(status: &Status) -> bool {
+    !not_done(status)
+        && matches!(
+            status.code(),
+            Code::PermissionDenied
+                | Code::FailedPrecondition
+                | Code::InvalidArgument
+                | Code::Unauthenticated
+        )
+}
+
+/// An answer that says that nothing was done, and where the leader is.
+pub(crate) fn refused(reason: &str, leader: Option<String>) -> Status {
+    let mut status = Status::unavailable(reason);
+    let metadata = status.metadata_mut();
+    metadata.insert(
+        crate::transport::REFUSED,
+        tonic::metadata::MetadataValue::from_static("1"),
+    );
+    if let Some(leader) = leader.and_then(|leader| leader.parse().ok()) {
+        metadata.insert(crate::transport::LEADER, leader);
+    }
+    status
+}
+
+fn again<E>(addr: &str, status: &Status) -> NotThere<E> {
+    let reason = format!("manager {addr}: {}", status.message());
+    NotThere::TryAgain(reason, leader_hint(status))
+}
+
+fn members_of(metrics: &RaftMetrics<TypeConfig>, me: u64, reach_window: Duration) -> Vec<Member> {
+    let voters: BTreeSet<u64> = metrics.membership_config.voter_ids().collect();
+    let reachable = |id: u64| match &metrics.heartbeat {
+        // Only a leader has heartbeats.
+        None => true,
+        Some(_) if id == me => true,
+        Some(heartbeats) => heartbeats
+            .get(&id)
+            .copied()
+            .flatten()
+            .is_some_and(|heard| heard.elapsed() < reach_window),
+    };
+    metrics
+        .membership_config
+        .nodes()
+        .map(|(&raft_id, peer)| Member {
+            raft_id,
+            node_id: NodeId::from(&peer.node_id),
+            addr: peer.addr.clone(),
+            voter: voters.contains(&raft_id),
+            reachable: reachable(raft_id),
+        })
+        .collect()
+}
+
+/// Whether the group can commit without `raft_id`, and can commit that it goes.
+fn may_remove(members: &[Member], raft_id: u64) -> Result<(), String> {
+    let voters: Vec<&Member> = members.iter().filter(|member| member.voter).collect();
+    if voters.len() <= 1 {
+        return Err("it is the last manager".into());
+    }
+    let down: Vec<&str> = voters
+        .iter()
+        .filter(|member| !member.reachable)
+        .map(|member| &*member.node_id)
+        .collect();
+    let check = |count: usize, reachable: usize, when: &str| {
+        let needed = count / 2 + 1;
+        if reachable >= needed {
+            return Ok(());
+        }
+        Err(format!(
+            "{when}, {reachable} of {count} managers are reachable and {needed} are needed; unreachable: {}",
+            down.join(", ")
+        ))
+    };
+    let up = voters.len() - down.len();
+    check(voters.len(), up, "now")?;
+    let removed_is_up = voters
+        .iter()
+        .any(|member| member.raft_id == raft_id && member.reachable);
+    check(
+        voters.len() - 1,
+        up - usize::from(removed_is_up),
+        "without it",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn members(reachable: &[bool]) -> Vec<Member> {
+        (1..)
+            .zip(reachable)
+            .map(|(raft_id, &reachable)| Member {
+                raft_id,
+                node_id: format!("n{raft_id}").into(),
+                addr: String::new(),
+                voter: true,
+                reachable,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn removal_that_would_lose_quorum_is_refused_with_the_reason() {
+        assert_eq!(
+            may_remove(&members(&[true]), 1).unwrap_err(),
+            "it is the last manager"
+        );
+        let reason = may_remove(&members(&[true, true, false]), 2).unwrap_err();
+        assert!(
+            reason.contains("1 of 2") && reason.contains("n3"),
+            "{reason}"
+        );
+        // One that cannot commit its own removal.
+        let reason = may_remove(&members(&[true, false]), 2).unwrap_err();
+        assert!(reason.contains("1 of 2"), "{reason}");
+    }
+
+    #[test]
+    fn removal_that_keeps_quorum_is_allowed() {
+        assert!(may_remove(&members(&[true, true]), 2).is_ok());
+        assert!(may_remove(&members(&[true, true, false]), 3).is_ok());
+        assert!(may_remove(&members(&[true, true, true, true, false]), 4).is_ok());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn what_remains_after_an_allowed_removal_has_a_reachable_majority(
+            reachable in proptest::collection::vec(proptest::bool::ANY, 1..9),
+            pick in 0usize..9,
+        ) {
+            let members = members(&reachable);
+            let removed = members[pick % members.len()].raft_id;
+            if may_remove(&members, removed).is_ok() {
+                let left: Vec<_> = members.iter().filter(|m| m.raft_id != removed).collect();
+                let up = left.iter().filter(|m| m.reachable).count();
+                proptest::prop_assert!(2 * up > left.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! The log on a real disk: openraft's own suite, restarts, damage, size of what sled is given.
+
+use std::path::Path;
+
+use openraft::StorageError;
+use openraft::impls::leader_id_std::LeaderId;
+use openraft::storage::{IOFlushed, RaftLogStorage as _};
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt as _;
+use openraft::vote::RaftLeaderIdExt as _;
+use openraft::{EntryPayload, RaftLogReader as _};
+use proptest::prelude::*;
+use swarm_identity::DataKey;
+use swarm_proto::v1::Transaction;
+use tempfile::TempDir;
+
+use super::*;
+use crate::snapshot::Snapshots;
+use crate::state_machine::StateMachine;
+use crate::types::Command;
+
+fn id(term: u64, index: u64) -> LogId {
+    LogId {
+        leader_id: LeaderId::<u64, u64>::new_committed(term, 1),
+        index,
+    }
+}
+
+fn entry(term: u64, index: u64, size: usize) -> Entry {
+    let transaction = Transaction {
+        proposer: "x".repeat(size),
+        ..Transaction::default()
+    };
+    Entry {
+        log_id: id(term, index),
+        payload: EntryPayload::Normal(Command::new(&transaction)),
+    }
+}
+
+fn open(dir: &Path, key: &DataKey) -> Result<(LogStore, LogWriter), DiskError> {
+    LogStore::open(dir, key, Handle::current(), FatalReporter::new())
+}
+
+async fn append(log: &mut LogStore, entries: Vec<Entry>) {
+    let (done, flushed) = TypeConfig::oneshot();
+    log.append(entries, IOFlushed::signal(done)).await.unwrap();
+    flushed.await.unwrap().unwrap();
+}
+
+async fn close(log: LogStore, writer: LogWriter) {
+    writer.close().await;
+    drop(log);
+}
+
+fn blobs(dir: &Path) -> usize {
+    std::fs::read_dir(dir.join("log/blobs")).map_or(0, Iterator::count)
+}
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
+        let dir = tempfile::tempdir().unwrap();
+        let key = DataKey::random();
+        let (log, _writer) = open(dir.path(), &key).unwrap();
+        let path = dir.path().join("snapshots");
+        let (snapshots, found) = Snapshots::open(&path, Sealer::new(&key)).unwrap();
+        let machine =
+            StateMachine::restore(snapshots, found, Handle::current(), FatalReporter::new());
+        Ok((dir, log, machine.unwrap()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn openrafts_own_suite_passes() {
+    Suite::test_all(Builder).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_acknowledged_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = DataKey::random();
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let vote = Vote::new(3, 7);
+    log.save_vote(&vote).await.unwrap();
+    append(&mut log, (0..100).map(|i| entry(1, i, 300)).collect()).await;
+    append(&mut log, (100..200).map(|i| entry(2, i, 300)).collect()).await;
+    log.truncate_after(Some(id(2, 150))).await.unwrap();
+    append(&mut log, (151..160).map(|i| entry(3, i, 300)).collect()).await;
+    log.purge(id(1, 42)).await.unwrap();
+    log.save_committed(Some(id(3, 155))).await.unwrap();
+    close(log, writer).await;
+
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let state = log.get_log_state().await.unwrap();
+    assert_eq!(state.last_purged_log_id, Some(id(1, 42)));
+    assert_eq!(state.last_log_id, Some(id(3, 159)));
+    assert_eq!(log.read_vote().await.unwrap(), Some(vote));
+    assert_eq!(log.read_committed().await.unwrap(), Some(id(3, 155)));
+    let found = log.try_get_log_entries(0..1000).await.unwrap();
+    let expected: Vec<Entry> = (43..100)
+        .map(|i| entry(1, i, 300))
+        .chain((100..151).map(|i| entry(2, i, 300)))
+        .chain((151..160).map(|i| entry(3, i, 300)))
+        .collect();
+    assert_eq!(found, expected);
+    close(log, writer).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_entries_span_keys_and_no_page_becomes_a_blob() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = DataKey::random();
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let sizes = [10, 900 << 10, 6000, 6100, 6200, 1 << 20, 0];
+    let entries: Vec<Entry> = (0..)
+        .zip(sizes)
+        .map(|(i, size)| entry(1, i, size))
+        .collect();
+    append(&mut log, entries.clone()).await;
+    for start in 0..40 {
+        let first = 7 + start * 50;
+        append(
+            &mut log,
+            (first..first + 50).map(|i| entry(1, i, 3000)).collect(),
+        )
+        .await;
+    }
+    assert_eq!(blobs(dir.path()), 0);
+    close(log, writer).await;
+
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    assert_eq!(log.try_get_log_entries(0..7).await.unwrap(), entries);
+    assert_eq!(log.try_get_log_entries(5..=5).await.unwrap(), entries[5..6]);
+    // The limit of a message is reached by the second entry.
+    assert_eq!(
+        log.limited_get_log_entries(0, 7).await.unwrap(),
+        entries[..6]
+    );
+    log.truncate_after(Some(id(1, 1))).await.unwrap();
+    log.purge(id(1, 0)).await.unwrap();
+    close(log, writer).await;
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    assert_eq!(log.try_get_log_entries(..).await.unwrap(), entries[1..2]);
+    assert_eq!(blobs(dir.path()), 0);
+    close(log, writer).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_data_key_is_refused_with_file_and_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut log, writer) = open(dir.path(), &DataKey::random()).unwrap();
+    append(&mut log, vec![entry(1, 0, 10)]).await;
+    close(log, writer).await;
+    let error = open(dir.path(), &DataKey::random())
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("log.mark") || error.contains("raft_log/0.0"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_lost_its_end_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = DataKey::random();
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    append(&mut log, (0..10).map(|i| entry(1, i, 10)).collect()).await;
+    close(log, writer).await;
+    std::fs::remove_dir_all(dir.path().join("log")).unwrap();
+    let error = open(dir.path(), &key).err().unwrap().to_string();
+    assert!(
+        error.contains("raft_log/0.0") && error.contains("log/db"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_anywhere_in_the_file_is_never_taken_for_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = DataKey::random();
+    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    log.save_vote(&Vote::new(1, 1)).await.unwrap();
+    let entries: Vec<Entry> = (0..200).map(|i| entry(1, i, 300)).collect();
+    for chunk in entries.chunks(10) {
+        append(&mut log, chunk.to_vec()).await;
+    }
+    close(log, writer).await;
+    let file = dir.path().join("log/db");
+    let whole = std::fs::read(&file).unwrap();
+    let used = whole.iter().rposition(|&byte| byte != 0).unwrap();
+    let mut refused = 0;
+    for step in 0..20 {
+        let copy = tempfile::tempdir().unwrap();
+        std::fs::create_dir(copy.path().join("log")).unwrap();
+        for name in ["log/conf", "log.mark"] {
+            std::fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
+        }
+        let mut damaged = whole.clone();
+        let at = used * step / 20 + 7;
+        damaged[at..at + 16].fill(0xa5);
+        std::fs::write(copy.path().join("log/db"), damaged).unwrap();
+        match open(copy.path(), &key) {
+            Err(error) => {
+                assert!(matches!(error, DiskError::Damaged { .. }), "{error}");
+                refused += 1;
+            }
+            // The place was free, or held what has been written again since.
+            Ok((mut log, writer)) => {
+                assert_eq!(log.try_get_log_entries(..).await.unwrap(), entries);
+                close(log, writer).await;
+            }
+        }
+    }
+    assert!(refused > 0);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Append { count: u64, size: usize },
+    Truncate { back: u64 },
+    Purge { forward: u64 },
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        5 => (1..40u64, prop_oneof![0..400usize, 5000..7000usize, 0..30_000usize])
+            .prop_map(|(count, size)| Step::Append { count, size }),
+        2 => (0..60u64).prop_map(|back| Step::Truncate { back }),
+        2 => (0..60u64).prop_map(|forward| Step::Purge { forward }),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+    #[test]
+    fn the_log_is_what_a_list_would_be(steps in prop::collection::vec(step(), 1..25)) {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let key = DataKey::random();
+            let (mut log, mut writer) = open(dir.path(), &key).unwrap();
+            let mut model: Vec<Entry> = Vec::new();
+            let mut first = 0u64;
+            for (term, step) in (1..).zip(steps) {
+                let next = first + model.len() as u64;
+                match step {
+                    Step::Append { count, size } => {
+                        let new: Vec<Entry> =
+                            (next..next + count).map(|i| entry(term, i, size)).collect();
+                        model.extend(new.iter().cloned());
+                        append(&mut log, new).await;
+                    }
+                    Step::Truncate { back } => {
+                        let keep = model.len().saturating_sub(back as usize);
+                        if keep > 0 {
+                            model.truncate(keep);
+                            log.truncate_after(Some(model[keep - 1].log_id())).await.unwrap();
+                        }
+                    }
+                    Step::Purge { forward } => {
+                        let gone = model.len().min(forward as usize);
+                        if gone > 0 {
+                            log.purge(model[gone - 1].log_id()).await.unwrap();
+                            model.drain(..gone);
+                            first += gone as u64;
+                        }
+                    }
+                    Step::Reopen => {
+                        close(log, writer).await;
+                        (log, writer) = open(dir.path(), &key).unwrap();
+                    }
+                }
+                assert_eq!(log.try_get_log_entries(..).await.unwrap(), model);
+            }
+            assert_eq!(blobs(dir.path()), 0);
+            close(log, writer).await;
+        });
+    }
+}

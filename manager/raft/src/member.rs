@@ -1,0 +1,102 @@
+//! Which member of which group a data directory belongs to: one small sealed file.
+
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::sync_dir;
+use crate::error::{DiskError, StartError};
+use crate::seal::Sealer;
+use crate::types::{decode, encode};
+
+const FILE: &str = "member";
+
+/// Written when the member has its raft ID; never changed but for `remotes`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Membership {
+    pub(crate) cluster_id: String,
+    pub(crate) node_id: String,
+    pub(crate) raft_id: u64,
+    /// Addresses of other managers, for a join that was cut short.
+    pub(crate) remotes: Vec<String>,
+}
+
+fn path(dir: &Path) -> PathBuf {
+    dir.join(FILE)
+}
+
+/// Reads the file; `None` when there is none.
+pub(crate) fn load(dir: &Path, sealer: &Sealer) -> Result<Option<Membership>, DiskError> {
+    let path = path(dir);
+    let sealed = match std::fs::read(&path) {
+        Ok(sealed) => sealed,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(DiskError::io("read", path, error)),
+    };
+    let plain = sealer
+        .open(FILE.as_bytes(), &sealed)
+        .map_err(|e| DiskError::damaged(&path, "the member", e))?;
+    decode(&plain)
+        .map(Some)
+        .map_err(|e| DiskError::damaged(&path, "the member", e))
+}
+
+/// Writes the file, durably.
+pub(crate) fn save(dir: &Path, sealer: &Sealer, member: &Membership) -> Result<(), DiskError> {
+    let path = path(dir);
+    let aside = dir.join("member.writing");
+    let plain = encode(member).map_err(|e| DiskError::io("encode", &path, e))?;
+    let sealed = sealer.seal(FILE.as_bytes(), &plain);
+    let write = || {
+        let mut file = File::create(&aside)?;
+        file.write_all(&sealed)?;
+        file.sync_all()?;
+        std::fs::rename(&aside, &path)
+    };
+    write().map_err(|e| DiskError::io("write", &path, e))?;
+    sync_dir(dir)
+}
+
+/// Makes `dir` ready for a new member. What an attempt that never got so far as
+/// to be a member has left there is removed.
+pub(crate) fn prepare(dir: &Path) -> Result<(), StartError> {
+    if path(dir).exists() {
+        return Err(StartError::NotEmpty(dir.to_owned()));
+    }
+    std::fs::create_dir_all(dir).map_err(|e| DiskError::io("create", dir, e))?;
+    for name in ["log", "snapshots"] {
+        let left = dir.join(name);
+        match std::fs::remove_dir_all(&left) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(DiskError::io("delete", left, error).into());
+            }
+            _ => {}
+        }
+    }
+    match std::fs::remove_file(dir.join("log.mark")) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(DiskError::io("delete", dir.join("log.mark"), error).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Reads the file of a directory that must belong to this node of this cluster.
+pub(crate) fn expect(
+    dir: &Path,
+    sealer: &Sealer,
+    cluster_id: &str,
+    node_id: &str,
+) -> Result<Membership, StartError> {
+    let member = load(dir, sealer)?.ok_or_else(|| StartError::Empty(dir.to_owned()))?;
+    if member.cluster_id == cluster_id && member.node_id == node_id {
+        return Ok(member);
+    }
+    Err(StartError::Foreign {
+        path: path(dir),
+        found: format!("node {} of cluster {}", member.node_id, member.cluster_id),
+        expected: format!("node {node_id} of cluster {cluster_id}"),
+    })
+}

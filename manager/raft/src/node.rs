@@ -1,0 +1,468 @@
+//! A manager's member of the raft group: made, started again, joined, stopped.
+//!
+//! The core, its timers and its connections run on a runtime of their own with
+//! raised priority; files are read and written by the log's writer thread and on
+//! the caller's blocking threads. Starts the watch and, while this member is not
+//! in yet, the entering; [`RaftNode::shutdown`] joins both.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::{Config, SnapshotPolicy};
+use parking_lot::Mutex;
+use swarm_identity::{DataKey, Identity};
+use swarm_proto::defaults::SNAPSHOT_INTERVAL;
+use swarm_proto::v1::raft_server::RaftServer;
+use swarm_proto::v1::store_action::Action;
+use swarm_proto::v1::{JoinRequest, Transaction};
+use swarm_store::{
+    Consensus, Leadership, Member, MembershipError, ProposeError, ReadError, State, Store,
+};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::error::{DiskError, FatalReporter, RaftFatal, StartError};
+use crate::group::{Core, Group, allocation, hopeless, join_at};
+use crate::log::{LogStore, LogWriter};
+use crate::member::{self, Membership};
+use crate::runtime::RaftRuntime;
+use crate::seal::Sealer;
+use crate::service::RaftService;
+use crate::snapshot::Snapshots;
+use crate::state_machine::StateMachine;
+use crate::transport::{Network, Pool, RAFT_MESSAGE_MAX, leader_hint};
+use crate::types::Peer;
+
+/// Raft ID of the manager that makes the cluster.
+const FIRST: u64 = 1;
+/// How long `join` looks for a manager that gives it a raft ID.
+const JOIN_PATIENCE: Duration = Duration::from_secs(30);
+/// Wait between two rounds of asking all of them.
+const JOIN_WAIT: Duration = Duration::from_millis(250);
+/// How long `bootstrap` waits until it leads itself.
+const LEAD_PATIENCE: Duration = Duration::from_secs(30);
+/// Entries kept behind a snapshot for followers that are a little behind.
+const KEPT_ENTRIES: u64 = 2_000;
+
+/// When heartbeats are sent and elections begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RaftTiming {
+    /// Between two heartbeats of the leader.
+    pub heartbeat: Duration,
+    /// A follower that hears nothing stands for election after a random time
+    /// from here…
+    pub election_min: Duration,
+    /// …to here, once the leader's lease of this length is over.
+    pub election_max: Duration,
+}
+
+impl Default for RaftTiming {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(50),
+            election_min: Duration::from_millis(150),
+            election_max: Duration::from_millis(300),
+        }
+    }
+}
+
+/// What a member is started with.
+#[derive(Clone, Debug)]
+pub struct RaftConfig {
+    /// Where log, snapshots and raft ID are kept; nobody else's directory.
+    pub dir: PathBuf,
+    /// host:port at which other managers reach this one's API.
+    pub addr: String,
+    /// This node's identity: a manager's.
+    pub identity: Arc<Identity>,
+    /// What log and snapshots are encrypted with.
+    pub data_key: DataKey,
+    /// Heartbeats and elections; the same on all managers.
+    pub timing: RaftTiming,
+    /// Log entries between two snapshots, when the cluster's spec does not say. Above 0.
+    pub snapshot_interval: u64,
+    /// Entries kept behind a snapshot.
+    pub kept_entries: u64,
+}
+
+impl RaftConfig {
+    /// With default timing and limits.
+    #[must_use]
+    pub fn new(
+        dir: impl Into<PathBuf>,
+        addr: impl Into<String>,
+        identity: Arc<Identity>,
+        data_key: DataKey,
+    ) -> Self {
+        Self {
+            dir: dir.into(),
+            addr: addr.into(),
+            identity,
+            data_key,
+            timing: RaftTiming::default(),
+            snapshot_interval: SNAPSHOT_INTERVAL,
+            kept_entries: KEPT_ENTRIES,
+        }
+    }
+
+    fn core(&self) -> Result<Config, StartError> {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        if self.snapshot_interval == 0 {
+            return Err(StartError::Config("the snapshot interval is 0".into()));
+        }
+        Config {
+            cluster_name: self.identity.cluster_id().to_string(),
+            heartbeat_interval: ms(self.timing.heartbeat),
+            election_timeout_min: ms(self.timing.election_min),
+            election_timeout_max: ms(self.timing.election_max),
+            enable_pre_vote: Some(true),
+            // A leader that comes back is elected like everyone else.
+            enable_leader_restore: Some(false),
+            // The watch asks for them: the interval is the cluster's and may change.
+            snapshot_policy: SnapshotPolicy::Never,
+            max_in_snapshot_log_to_keep: self.kept_entries,
+            replication_lag_threshold: self.snapshot_interval.saturating_add(self.kept_entries),
+            install_snapshot_timeout: 120_000,
+            max_payload_entries: 1024,
+            backoff: "50ms 100ms 200ms ...400ms".into(),
+            ..Config::default()
+        }
+        .validate()
+        .map_err(|error| StartError::Config(error.to_string()))
+    }
+}
+
+/// A running member of the raft group. Dropping it without
+/// [`RaftNode::shutdown`] is like a crash: nothing acknowledged is lost.
+pub struct RaftNode {
+    group: Arc<Group>,
+    tasks: TaskTracker,
+    running: Mutex<Option<(RaftRuntime, LogWriter)>>,
+}
+
+impl std::fmt::Debug for RaftNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RaftNode({})", self.group.raft_id)
+    }
+}
+
+impl RaftNode {
+    /// Makes a new group of one and commits its first transaction, which has to
+    /// create the cluster and this manager's node; this member's raft ID is added to it.
+    ///
+    /// # Errors
+    /// The directory is taken or cannot be written, or the transaction is refused.
+    pub async fn bootstrap(
+        config: RaftConfig,
+        mut first: Transaction,
+    ) -> Result<Arc<Self>, StartError> {
+        let sealer = Sealer::new(&config.data_key);
+        member::prepare(&config.dir)?;
+        let member = membership(&config, FIRST, Vec::new());
+        let node = Self::launch(config.clone(), &member).await?;
+        let me = Peer {
+            node_id: member.node_id.clone(),
+            addr: config.addr.clone(),
+        };
+        node.group
+            .raft
+            .initialize(BTreeMap::from([(FIRST, me)]))
+            .await
+            .map_err(|error| StartError::Core(error.to_string()))?;
+        let mut leadership = node.group.leadership.subscribe();
+        let leads = leadership.wait_for(|leadership| leadership.is_leader);
+        match tokio::time::timeout(LEAD_PATIENCE, leads).await {
+            Ok(Ok(_)) => {}
+            _ => return Err(StartError::Core("it does not lead its group of one".into())),
+        }
+        let has_id = |action: &Option<Action>| matches!(action, Some(Action::AllocateRaftId(_)));
+        if !first.actions.iter().any(|action| has_id(&action.action)) {
+            first
+                .actions
+                .push(allocation(&member.node_id, &config.addr));
+        }
+        if let Err(error) = node.group.propose(first).await {
+            node.shutdown().await;
+            return Err(StartError::Bootstrap(error));
+        }
+        // From here on this is a member: a crash before leaves nothing that counts.
+        member::save(&config.dir, &sealer, &member)?;
+        node.group.entered.send_replace(Some(Ok(())));
+        Ok(node)
+    }
+
+    /// Starts the member that is in the directory. If its joining was cut short, or
+    /// its address has changed, it goes on from there in the background.
+    ///
+    /// # Errors
+    /// The directory is empty, another node's, or damaged.
+    pub async fn start(config: RaftConfig) -> Result<Arc<Self>, StartError> {
+        let sealer = Sealer::new(&config.data_key);
+        let identity = config.identity.peer();
+        let member = member::expect(
+            &config.dir,
+            &sealer,
+            &identity.cluster_id,
+            &identity.node_id,
+        )?;
+        let node = Self::launch(config, &member).await?;
+        node.enter(member.remotes);
+        Ok(node)
+    }
+
+    /// Joins the group that the managers at `remotes` belong to: gets a raft ID,
+    /// starts, and is made a voter once it has caught up. Returns when it has
+    /// started: from then on [`RaftNode::service`] must be reachable at the
+    /// configured address; see [`RaftNode::joined`].
+    ///
+    /// # Errors
+    /// The directory is taken or cannot be written, or no manager gives it an ID.
+    pub async fn join(config: RaftConfig, remotes: Vec<String>) -> Result<Arc<Self>, StartError> {
+        member::prepare(&config.dir)?;
+        let (raft_id, known) = ask_for_id(&config, &remotes).await?;
+        let mut all: BTreeSet<String> = remotes.into_iter().chain(known).collect();
+        all.remove(&config.addr);
+        let member = membership(&config, raft_id, all.into_iter().collect());
+        // Before anything is acknowledged under this ID.
+        member::save(&config.dir, &Sealer::new(&config.data_key), &member)?;
+        let node = Self::launch(config, &member).await?;
+        node.enter(member.remotes);
+        Ok(node)
+    }
+
+    async fn launch(config: RaftConfig, member: &Membership) -> Result<Arc<Self>, StartError> {
+        let core_config = Arc::new(config.core()?);
+        let fatal = FatalReporter::new();
+        let main = Handle::current();
+        let (log, writer, machine) = open(&config, main, fatal.clone()).await?;
+        let runtime = RaftRuntime::start()
+            .map_err(|e| DiskError::io("start raft's threads for", &config.dir, e))?;
+        let pool = Pool::new(config.identity.clone(), runtime.handle().clone());
+        let network = Network {
+            pool: pool.clone(),
+            from: member.raft_id,
+            cluster_id: member.cluster_id.as_str().into(),
+            entries_timeout: (config.timing.election_max * 4).max(Duration::from_secs(2)),
+        };
+        let (store, applied) = (machine.store().clone(), machine.applied());
+        let raft_id = member.raft_id;
+        let starting = runtime
+            .handle()
+            .spawn(async move { Core::new(raft_id, core_config, network, log, machine).await });
+        let raft = starting
+            .await
+            .map_err(|error| StartError::Core(error.to_string()))?
+            .map_err(|error| StartError::Core(error.to_string()))?;
+        let group = Arc::new(Group {
+            raft,
+            raft_id,
+            node_id: config.identity.node_id(),
+            cluster_id: config.identity.cluster_id(),
+            addr: config.addr,
+            dir: config.dir,
+            timing: config.timing,
+            snapshot_interval: config.snapshot_interval,
+            store,
+            applied,
+            pool,
+            leadership: watch::Sender::default(),
+            entered: watch::Sender::default(),
+            one_change: Semaphore::new(1),
+            stop: CancellationToken::new(),
+            fatal,
+        });
+        let tasks = TaskTracker::new();
+        tasks.spawn_on(group.clone().watch(), runtime.handle());
+        Ok(Arc::new(Self {
+            group,
+            tasks,
+            running: Mutex::new(Some((runtime, writer))),
+        }))
+    }
+
+    fn enter(&self, remotes: Vec<String>) {
+        if let Some((runtime, _)) = &*self.running.lock() {
+            let entering = self.group.clone().enter(remotes);
+            self.tasks.spawn_on(entering, runtime.handle());
+        }
+    }
+
+    /// Returns when this member is a voter under its configured address.
+    ///
+    /// # Errors
+    /// The group does not take it in, or it is stopping.
+    pub async fn joined(&self) -> Result<(), StartError> {
+        let mut entered = self.group.entered.subscribe();
+        let result = tokio::select! {
+            () = self.group.stop.cancelled() => None,
+            result = entered.wait_for(Option::is_some) => {
+                result.ok().and_then(|result| result.clone())
+            }
+        };
+        result
+            .unwrap_or_else(|| Err("this manager is stopping".into()))
+            .map_err(StartError::Join)
+    }
+
+    /// The gRPC service, to be served at the configured address.
+    #[must_use]
+    pub fn service(&self) -> RaftServer<RaftService> {
+        RaftServer::new(RaftService::new(self.group.clone()))
+            .max_decoding_message_size(RAFT_MESSAGE_MAX)
+            .max_encoding_message_size(RAFT_MESSAGE_MAX)
+    }
+
+    /// This member's raft ID.
+    #[must_use]
+    pub fn raft_id(&self) -> u64 {
+        self.group.raft_id
+    }
+
+    /// The failure after which this member cannot go on, once there is one:
+    /// nothing is acknowledged any more, and the process has to end.
+    #[must_use]
+    pub fn fatal(&self) -> watch::Receiver<Option<RaftFatal>> {
+        self.group.fatal.subscribe()
+    }
+
+    /// Hands leadership over if this member has it, stops, and returns when all
+    /// is on disk. Reads of the store go on working.
+    pub async fn shutdown(&self) {
+        if self.group.raft.is_leader()
+            && let Err(error) = self.group.hand_over().await
+        {
+            tracing::debug!(%error, "stopping as leader");
+        }
+        self.group.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        let Some((runtime, writer)) = self.running.lock().take() else {
+            return;
+        };
+        if let Err(error) = self.group.raft.shutdown().await {
+            tracing::warn!(%error, "the raft core ended abnormally");
+        }
+        writer.close().await;
+        drop(runtime);
+    }
+}
+
+impl Drop for RaftNode {
+    fn drop(&mut self) {
+        self.group.stop.cancel();
+    }
+}
+
+fn membership(config: &RaftConfig, raft_id: u64, remotes: Vec<String>) -> Membership {
+    let identity = config.identity.peer();
+    Membership {
+        cluster_id: identity.cluster_id.to_string(),
+        node_id: identity.node_id.to_string(),
+        raft_id,
+        remotes,
+    }
+}
+
+/// Reads everything from disk, on a blocking thread.
+async fn open(
+    config: &RaftConfig,
+    main: Handle,
+    fatal: FatalReporter,
+) -> Result<(LogStore, LogWriter, StateMachine), StartError> {
+    let (dir, key) = (config.dir.clone(), config.data_key.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        let (snapshots, found) = Snapshots::open(&dir.join("snapshots"), Sealer::new(&key))?;
+        let (log, writer) = LogStore::open(&dir, &key, main.clone(), fatal.clone())?;
+        let snapshot_dir = snapshots.dir().to_owned();
+        if log.purged() > snapshots.last() {
+            return Err(DiskError::damaged(
+                snapshot_dir,
+                "the snapshot",
+                "it is missing, and the log before it has been purged",
+            ));
+        }
+        let machine = StateMachine::restore(snapshots, found, main, fatal)
+            .map_err(|error| DiskError::damaged(snapshot_dir, "the snapshot", error))?;
+        Ok((log, writer, machine))
+    });
+    let opened = opening
+        .await
+        .map_err(|error| StartError::Core(error.to_string()))?;
+    Ok(opened?)
+}
+
+/// Asks managers for a raft ID until one gives it. Also returns their addresses.
+async fn ask_for_id(
+    config: &RaftConfig,
+    remotes: &[String],
+) -> Result<(u64, Vec<String>), StartError> {
+    let pool = Pool::new(config.identity.clone(), Handle::current());
+    let give_up = Instant::now() + JOIN_PATIENCE;
+    loop {
+        let mut reason = "no address of a manager is known".to_owned();
+        let mut candidates: Vec<String> = remotes.iter().rev().cloned().collect();
+        let mut asked = BTreeSet::new();
+        while let Some(addr) = candidates.pop() {
+            if addr == config.addr || !asked.insert(addr.clone()) {
+                continue;
+            }
+            let request = JoinRequest {
+                addr: config.addr.clone(),
+                raft_id: 0,
+            };
+            match join_at(&pool, &addr, request, JOIN_PATIENCE / 2).await {
+                Ok(answer) => {
+                    let members = answer.members.into_iter().map(|peer| peer.addr);
+                    return Ok((answer.raft_id, members.collect()));
+                }
+                Err(status) if hopeless(&status) => {
+                    return Err(StartError::Join(format!("{addr}: {}", status.message())));
+                }
+                Err(status) => {
+                    reason = format!("{addr}: {}", status.message());
+                    candidates.extend(leader_hint(&status));
+                }
+            }
+        }
+        if Instant::now() >= give_up {
+            return Err(StartError::Join(reason));
+        }
+        tokio::time::sleep(JOIN_WAIT).await;
+    }
+}
+
+#[async_trait::async_trait]
+impl Consensus for RaftNode {
+    fn store(&self) -> &Arc<Store> {
+        &self.group.store
+    }
+
+    async fn propose(&self, transaction: Transaction) -> Result<u64, ProposeError> {
+        self.group.propose(transaction).await
+    }
+
+    async fn read(&self) -> Result<Arc<State>, ReadError> {
+        self.group.read().await
+    }
+
+    fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.group.leadership.subscribe()
+    }
+
+    fn members(&self) -> Vec<Member> {
+        self.group.members()
+    }
+
+    async fn add_member(&self, member: Member) -> Result<(), MembershipError> {
+        self.group.add_member(member).await
+    }
+
+    async fn remove_member(&self, raft_id: u64) -> Result<(), MembershipError> {
+        self.group.remove_member(raft_id).await
+    }
+}

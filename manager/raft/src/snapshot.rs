@@ -1,0 +1,242 @@
+//! Snapshots as plain files: written aside, synced, renamed, directory synced.
+//!
+//! A file holds a magic number, then one sealed record: the snapshot's place in
+//! the log and the encoded state. One that does not open is refused with its
+//! name, never skipped: the log before it is gone. Everything here blocks.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::disk::sync_dir;
+use crate::error::DiskError;
+use crate::seal::Sealer;
+use crate::types::{LogId, Snapshot, SnapshotMeta, decode, encode};
+
+/// The first bytes of a snapshot file, with the version of what follows.
+const MAGIC: &[u8; 8] = b"SWSNAP\0\x01";
+const SUFFIX: &str = ".snapshot";
+
+/// The snapshots of one member: one that counts, and perhaps one being written.
+#[derive(Clone)]
+pub(crate) struct Snapshots {
+    dir: PathBuf,
+    sealer: Sealer,
+    current: Arc<Mutex<Option<Current>>>,
+}
+
+#[derive(Clone)]
+struct Current {
+    meta: SnapshotMeta,
+    path: PathBuf,
+}
+
+impl Snapshots {
+    /// Opens the directory and checks the newest snapshot, which is returned.
+    pub(crate) fn open(dir: &Path, sealer: Sealer) -> Result<(Self, Option<Snapshot>), DiskError> {
+        std::fs::create_dir_all(dir).map_err(|e| DiskError::io("create", dir, e))?;
+        let mut files: Vec<PathBuf> = Vec::new();
+        let listing = std::fs::read_dir(dir).map_err(|e| DiskError::io("list", dir, e))?;
+        for item in listing {
+            let path = item.map_err(|e| DiskError::io("list", dir, e))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if name.is_some_and(|name| name.ends_with(SUFFIX)) {
+                files.push(path);
+            } else {
+                // Cut short by a crash, before the rename that makes it count.
+                remove(&path)?;
+            }
+        }
+        // Names are padded, so their order is the order in the log.
+        files.sort();
+        let snapshots = Self {
+            dir: dir.to_owned(),
+            sealer,
+            current: Arc::default(),
+        };
+        let Some(newest) = files.pop() else {
+            return Ok((snapshots, None));
+        };
+        let found = snapshots.load(&newest)?;
+        *snapshots.current.lock() = Some(Current {
+            meta: found.meta.clone(),
+            path: newest,
+        });
+        files.iter().try_for_each(|path| remove(path))?;
+        Ok((snapshots, Some(found)))
+    }
+
+    /// Where the snapshots are.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The newest snapshot, read from its file.
+    pub(crate) fn newest(&self) -> Result<Option<Snapshot>, DiskError> {
+        loop {
+            let Some(current) = self.current.lock().clone() else {
+                return Ok(None);
+            };
+            match self.load(&current.path) {
+                Ok(snapshot) => return Ok(Some(snapshot)),
+                // A newer one has taken its place meanwhile.
+                Err(_) if !self.is_current(&current.path) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn is_current(&self, path: &Path) -> bool {
+        let current = self.current.lock();
+        current.as_ref().is_some_and(|current| current.path == path)
+    }
+
+    /// Writes a snapshot, and deletes the one before it. One that is not newer is not written.
+    pub(crate) fn save(&self, meta: &SnapshotMeta, state: &[u8]) -> Result<(), DiskError> {
+        if self.is_behind(meta) {
+            return Ok(());
+        }
+        let (term, index) = meta
+            .last_log_id
+            .map_or((0, 0), |id| (id.leader_id.term, id.index));
+        let path = self.dir.join(format!("{index:020}-{term:020}{SUFFIX}"));
+        let aside = path.with_extension("writing");
+        let meta_bytes = encode(meta).map_err(|e| DiskError::io("encode", &path, e))?;
+        let length = u32::try_from(meta_bytes.len())
+            .unwrap_or(u32::MAX)
+            .to_le_bytes();
+        let plain = [&length, meta_bytes.as_slice(), state].concat();
+        let sealed = self.sealer.seal(MAGIC, &plain);
+        let write = || {
+            let mut file = File::create(&aside)?;
+            file.write_all(MAGIC)?;
+            file.write_all(&sealed)?;
+            file.sync_all()?;
+            std::fs::rename(&aside, &path)
+        };
+        write().map_err(|e| DiskError::io("write", &path, e))?;
+        sync_dir(&self.dir)?;
+        let superseded = {
+            let mut current = self.current.lock();
+            let newer = current
+                .as_ref()
+                .is_none_or(|current| current.meta.last_log_id <= meta.last_log_id);
+            let written = Current {
+                meta: meta.clone(),
+                path: path.clone(),
+            };
+            if newer {
+                current.replace(written)
+            } else {
+                Some(written)
+            }
+        };
+        match superseded {
+            Some(old) if old.path != path || !self.is_current(&path) => remove(&old.path),
+            _ => Ok(()),
+        }
+    }
+
+    fn is_behind(&self, meta: &SnapshotMeta) -> bool {
+        let current = self.current.lock();
+        current
+            .as_ref()
+            .is_some_and(|current| current.meta.last_log_id >= meta.last_log_id)
+    }
+
+    /// The last entry in the newest snapshot.
+    pub(crate) fn last(&self) -> Option<LogId> {
+        let current = self.current.lock();
+        current
+            .as_ref()
+            .and_then(|current| current.meta.last_log_id)
+    }
+
+    fn load(&self, path: &Path) -> Result<Snapshot, DiskError> {
+        let damaged =
+            |reason: &dyn ToString| DiskError::damaged(path, "the snapshot", reason.to_string());
+        let bytes = std::fs::read(path).map_err(|e| DiskError::io("read", path, e))?;
+        let sealed = bytes
+            .strip_prefix(MAGIC)
+            .ok_or_else(|| damaged(&"not a snapshot, or one of a newer build"))?;
+        let plain = self.sealer.open(MAGIC, sealed).map_err(|e| damaged(&e))?;
+        let cut_short = || damaged(&"cut short");
+        let (length, _) = plain.split_first_chunk::<4>().ok_or_else(cut_short)?;
+        let meta_end = 4 + u32::from_le_bytes(*length) as usize;
+        let meta: SnapshotMeta =
+            decode(plain.get(4..meta_end).ok_or_else(cut_short)?).map_err(|e| damaged(&e))?;
+        Ok(Snapshot {
+            meta,
+            snapshot: Bytes::from(plain).slice(meta_end..),
+        })
+    }
+}
+
+fn remove(path: &Path) -> Result<(), DiskError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(DiskError::io("delete", path, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use openraft::vote::RaftLeaderIdExt as _;
+    use swarm_identity::DataKey;
+
+    fn meta(index: u64) -> SnapshotMeta {
+        let term = openraft::impls::leader_id_std::LeaderId::<u64, u64>::new_committed(1, 1);
+        SnapshotMeta {
+            last_log_id: Some(LogId {
+                leader_id: term,
+                index,
+            }),
+            ..SnapshotMeta::default()
+        }
+    }
+
+    #[test]
+    fn the_newest_snapshot_survives_and_older_ones_are_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let sealer = Sealer::new(&DataKey::random());
+        let (snapshots, found) = Snapshots::open(dir.path(), sealer.clone()).unwrap();
+        assert!(found.is_none());
+        snapshots.save(&meta(10), b"ten").unwrap();
+        snapshots.save(&meta(20), b"twenty").unwrap();
+        snapshots.save(&meta(15), b"fifteen").unwrap();
+        std::fs::write(dir.path().join("00000000000000000030.writing"), b"half").unwrap();
+
+        let (snapshots, found) = Snapshots::open(dir.path(), sealer).unwrap();
+        let found = found.unwrap();
+        assert_eq!(found.meta, meta(20));
+        assert_eq!(found.snapshot.as_ref(), b"twenty");
+        assert_eq!(snapshots.last(), meta(20).last_log_id);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_refused_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let sealer = Sealer::new(&DataKey::random());
+        let (snapshots, _) = Snapshots::open(dir.path(), sealer.clone()).unwrap();
+        snapshots.save(&meta(10), &[7; 4096]).unwrap();
+        let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap();
+        let path = file.unwrap().path();
+        let whole = std::fs::read(&path).unwrap();
+        for place in [0, 8, 40, 2000, whole.len() - 1] {
+            let mut damaged = whole.clone();
+            damaged[place] ^= 1;
+            std::fs::write(&path, damaged).unwrap();
+            let error = Snapshots::open(dir.path(), sealer.clone()).err().unwrap();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+}

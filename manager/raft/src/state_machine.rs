@@ -1,0 +1,195 @@
+//! Applies committed entries to the [`Store`], in order; snapshots it and restores it.
+//!
+//! Apply touches memory only. Encoding and files are for blocking threads: a
+//! snapshot is built from a clone of the state, which costs nothing.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures::{Stream, StreamExt as _};
+use openraft::entry::RaftEntry as _;
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use swarm_store::{State, Store};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use crate::error::{FatalReporter, chain};
+use crate::snapshot::Snapshots;
+use crate::types::{LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+
+/// Holds what is applied, and where in the log that is.
+pub struct StateMachine {
+    store: Arc<Store>,
+    applied: watch::Sender<Option<LogId>>,
+    membership: StoredMembership,
+    snapshots: Snapshots,
+    blocking: Handle,
+    fatal: FatalReporter,
+}
+
+impl StateMachine {
+    /// Starts from a snapshot, or empty. Blocks while it decodes.
+    ///
+    /// # Errors
+    /// The snapshot's state cannot be decoded.
+    pub(crate) fn restore(
+        snapshots: Snapshots,
+        found: Option<Snapshot>,
+        blocking: Handle,
+        fatal: FatalReporter,
+    ) -> Result<Self, swarm_store::DecodeError> {
+        let (state, meta) = match found {
+            None => (State::default(), SnapshotMeta::default()),
+            Some(found) => (State::decode(found.snapshot.as_ref())?, found.meta),
+        };
+        Ok(Self {
+            store: Store::new(state),
+            applied: watch::Sender::new(meta.last_log_id),
+            membership: meta.last_membership,
+            snapshots,
+            blocking,
+            fatal,
+        })
+    }
+
+    /// The store that is written to.
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// The last entry applied, now and from now on.
+    pub(crate) fn applied(&self) -> watch::Receiver<Option<LogId>> {
+        self.applied.subscribe()
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = Bytes;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok((*self.applied.borrow(), self.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some(next) = entries.next().await {
+            let (entry, responder) = next?;
+            let id = entry.log_id();
+            let outcome = match &entry.payload {
+                EntryPayload::Normal(command) => {
+                    let transaction = command.transaction().map_err(|error| {
+                        let reason = format!("entry {}: {error}", id.index);
+                        self.fatal
+                            .report("decoding the raft log", self.snapshots.dir(), &reason);
+                        io::Error::new(io::ErrorKind::InvalidData, reason)
+                    })?;
+                    Outcome(self.store.commit(id.index, &transaction))
+                }
+                EntryPayload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(id), membership.clone());
+                    self.store.advance(id.index);
+                    Outcome(Ok(()))
+                }
+                EntryPayload::Blank => {
+                    self.store.advance(id.index);
+                    Outcome(Ok(()))
+                }
+            };
+            self.applied.send_replace(Some(id));
+            if let Some(responder) = responder {
+                responder.send(outcome);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        Builder {
+            state: self.store.state(),
+            meta: SnapshotMeta {
+                last_log_id: *self.applied.borrow(),
+                last_membership: self.membership.clone(),
+            },
+            snapshots: self.snapshots.clone(),
+            blocking: self.blocking.clone(),
+            fatal: self.fatal.clone(),
+        }
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> io::Result<()> {
+        let (snapshots, saved_meta) = (self.snapshots.clone(), meta.clone());
+        let installed = self.blocking.spawn_blocking(move || {
+            let state = State::decode(snapshot.as_ref())
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            snapshots.save(&saved_meta, &snapshot)?;
+            Ok::<_, io::Error>(state)
+        });
+        let state = match installed.await.map_err(io::Error::other)? {
+            Ok(state) => state,
+            Err(error) => {
+                let reason = chain(&error);
+                self.fatal
+                    .report("installing a snapshot", self.snapshots.dir(), reason);
+                return Err(error);
+            }
+        };
+        self.store.replace(state);
+        self.membership = meta.last_membership.clone();
+        self.applied.send_replace(meta.last_log_id);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let snapshots = self.snapshots.clone();
+        let newest = self
+            .blocking
+            .spawn_blocking(move || snapshots.newest())
+            .await
+            .map_err(io::Error::other)?;
+        newest.map_err(|error| {
+            self.fatal
+                .report("reading a snapshot", self.snapshots.dir(), chain(&error));
+            error.into()
+        })
+    }
+}
+
+/// Builds one snapshot from the state as it was.
+pub struct Builder {
+    state: Arc<State>,
+    meta: SnapshotMeta,
+    snapshots: Snapshots,
+    blocking: Handle,
+    fatal: FatalReporter,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Builder {
+    type SnapshotData = Bytes;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let (state, meta) = (self.state.clone(), self.meta.clone());
+        let snapshots = self.snapshots.clone();
+        let built = self.blocking.spawn_blocking(move || {
+            let mut data = BytesMut::new();
+            state
+                .encode()
+                .for_each(|chunk| data.extend_from_slice(&chunk));
+            let data = data.freeze();
+            snapshots.save(&meta, &data)?;
+            Ok::<_, crate::error::DiskError>(Snapshot {
+                meta,
+                snapshot: data,
+            })
+        });
+        built.await.map_err(io::Error::other)?.map_err(|error| {
+            self.fatal
+                .report("writing a snapshot", self.snapshots.dir(), chain(&error));
+            error.into()
+        })
+    }
+}

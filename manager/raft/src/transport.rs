@@ -1,0 +1,315 @@
+//! The way to other members: openraft's network over the managers' gRPC, with mutual TLS.
+//!
+//! Each peer has one connection per lane, so that a heartbeat or a vote never
+//! queues behind entries, and entries never behind a snapshot. Connections are
+//! made when they are first used; their work is done on raft's runtime.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::RPCOption;
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::{OptionalSend, RaftNetworkFactory, RaftNetworkV2};
+use parking_lot::Mutex;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use swarm_identity::Identity;
+use swarm_proto::v1::raft_client::RaftClient;
+use swarm_proto::v1::{RaftMessage, SnapshotChunk};
+use tokio::runtime::Handle;
+use tonic::transport::Channel;
+use tonic::{Code, Response, Status};
+
+use crate::types::{Peer, Snapshot, SnapshotMeta, TypeConfig, Vote, decode, encode};
+
+/// No raft message is larger: a full append message, or one entry of the largest transaction.
+pub(crate) const RAFT_MESSAGE_MAX: usize = 4 << 20;
+/// Pieces of a snapshot.
+const SNAPSHOT_PIECE: usize = 1 << 20;
+/// Connections that are kept; members are few, so more are left over from former ones.
+const CONNECTIONS_MAX: usize = 128;
+/// On an answer of a member that did not do what was asked, because it could
+/// not or does not lead: nothing was changed.
+pub(crate) const REFUSED: &str = "swarm-raft-refused";
+/// Beside it: the address of the leader, if known.
+pub(crate) const LEADER: &str = "swarm-raft-leader";
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Lane {
+    /// Heartbeats, votes, leadership transfer.
+    Control,
+    /// Entries.
+    Entries,
+    /// Snapshots.
+    Snapshots,
+    /// Joining, forwarded proposals and reads.
+    Requests,
+}
+
+/// Connections to other managers.
+#[derive(Clone)]
+pub(crate) struct Pool {
+    identity: Arc<Identity>,
+    runtime: Handle,
+    channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
+}
+
+impl Pool {
+    pub(crate) fn new(identity: Arc<Identity>, runtime: Handle) -> Self {
+        Self {
+            identity,
+            runtime,
+            channels: Arc::default(),
+        }
+    }
+
+    pub(crate) fn client(&self, addr: &str, lane: Lane) -> Result<RaftClient<Channel>, Status> {
+        let mut channels = self.channels.lock();
+        let key = (addr.to_owned(), lane);
+        let channel = match channels.get(&key) {
+            Some(channel) => channel.clone(),
+            None => {
+                // The connection's own task is spawned where this guard says.
+                let _guard = self.runtime.enter();
+                let channel = self
+                    .identity
+                    .channel(addr)
+                    .map_err(|error| Status::invalid_argument(error.to_string()))?;
+                if channels.len() >= CONNECTIONS_MAX {
+                    channels.clear();
+                }
+                channels.insert(key, channel.clone());
+                channel
+            }
+        };
+        Ok(RaftClient::new(channel)
+            .max_decoding_message_size(RAFT_MESSAGE_MAX)
+            .max_encoding_message_size(RAFT_MESSAGE_MAX))
+    }
+}
+
+/// Whether the request has certainly not been acted on.
+pub(crate) fn not_done(status: &Status) -> bool {
+    if status.metadata().contains_key(REFUSED) {
+        return true;
+    }
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+/// The address of the leader, when the one who refused knows it.
+pub(crate) fn leader_hint(status: &Status) -> Option<String> {
+    let value = status.metadata().get(LEADER)?.to_str().ok()?;
+    Some(value.to_owned())
+}
+
+/// Makes clients for openraft.
+#[derive(Clone)]
+pub(crate) struct Network {
+    pub(crate) pool: Pool,
+    pub(crate) from: u64,
+    pub(crate) cluster_id: Arc<str>,
+    /// For a message with entries, which waits for the receiver's disk.
+    pub(crate) entries_timeout: Duration,
+}
+
+/// One member, as the raft core sees it.
+pub(crate) struct Remote {
+    network: Network,
+    to: u64,
+    addr: String,
+    lane: Lane,
+}
+
+impl Network {
+    fn remote(&self, to: u64, peer: &Peer, lane: Lane) -> Remote {
+        Remote {
+            network: self.clone(),
+            to,
+            addr: peer.addr.clone(),
+            lane,
+        }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Network {
+    type Network = Remote;
+
+    async fn new_client(&mut self, target: u64, node: &Peer) -> Remote {
+        self.remote(target, node, Lane::Entries)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, node: &Peer) -> Remote {
+        self.remote(target, node, Lane::Control)
+    }
+
+    async fn new_snapshot_client(&mut self, target: u64, node: &Peer) -> Remote {
+        self.remote(target, node, Lane::Snapshots)
+    }
+}
+
+impl Remote {
+    fn client(&self, lane: Lane) -> Result<RaftClient<Channel>, Status> {
+        self.network.pool.client(&self.addr, lane)
+    }
+
+    fn message(&self, body: Vec<u8>) -> RaftMessage {
+        RaftMessage {
+            to: self.to,
+            from: self.network.from,
+            cluster_id: self.network.cluster_id.to_string(),
+            body: body.into(),
+        }
+    }
+
+    /// One request and its answer, within a time.
+    async fn call<Q, A, F>(
+        &self,
+        lane: Lane,
+        within: Duration,
+        request: &Q,
+        send: impl FnOnce(RaftClient<Channel>, RaftMessage) -> F,
+    ) -> Result<A, RPCError<TypeConfig>>
+    where
+        Q: Serialize,
+        A: DeserializeOwned,
+        F: Future<Output = Result<Response<RaftMessage>, Status>>,
+    {
+        let body = encode(request).map_err(|error| NetworkError::new(&error))?;
+        let client = self.client(lane).map_err(rpc_error)?;
+        let answer = tokio::time::timeout(within, send(client, self.message(body)))
+            .await
+            .map_err(|_| {
+                NetworkError::from_string(format!("{} did not answer within {within:?}", self.addr))
+            })?
+            .map_err(rpc_error)?
+            .into_inner();
+        Ok(decode(&answer.body).map_err(|error| NetworkError::new(&error))?)
+    }
+}
+
+fn rpc_error(status: Status) -> RPCError<TypeConfig> {
+    match status.code() {
+        // Nobody there, or not the member we mean: no use in trying again at once.
+        Code::Unavailable | Code::FailedPrecondition | Code::PermissionDenied => {
+            RPCError::Unreachable(Unreachable::new(&status))
+        }
+        _ => RPCError::Network(NetworkError::new(&status)),
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for Remote {
+    type SnapshotData = Bytes;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
+        // openraft offers one heartbeat interval, which a disk may well take.
+        let within = match self.lane {
+            Lane::Control => option.hard_ttl(),
+            _ => self.network.entries_timeout,
+        };
+        self.call(self.lane, within, &rpc, |mut client, message| async move {
+            client.append_entries(message).await
+        })
+        .await
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let within = option.hard_ttl();
+        self.call(
+            Lane::Control,
+            within,
+            &rpc,
+            |mut client, message| async move { client.vote(message).await },
+        )
+        .await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let within = option.hard_ttl();
+        self.call(
+            Lane::Control,
+            within,
+            &rpc,
+            |mut client, message| async move { client.pre_vote(message).await },
+        )
+        .await
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let within = option.hard_ttl();
+        self.call(
+            Lane::Control,
+            within,
+            &rpc,
+            |mut client, message| async move { client.transfer_leader(message).await },
+        )
+        .await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let header: (&Vote, &SnapshotMeta) = (&vote, &snapshot.meta);
+        let header = encode(&header).map_err(|error| NetworkError::new(&error))?;
+        let first = SnapshotChunk {
+            header: Some(self.message(header)),
+            data: Bytes::new(),
+        };
+        let mut rest = snapshot.snapshot;
+        let pieces = std::iter::once(first).chain(std::iter::from_fn(move || {
+            let piece = rest.split_to(rest.len().min(SNAPSHOT_PIECE));
+            (!piece.is_empty()).then_some(SnapshotChunk {
+                header: None,
+                data: piece,
+            })
+        }));
+        let mut client = self.client(Lane::Snapshots).map_err(rpc_error)?;
+        let sending = client.install_snapshot(futures::stream::iter(pieces));
+        let answer = tokio::select! {
+            answer = tokio::time::timeout(option.hard_ttl(), sending) => answer,
+            closed = cancel => return Err(closed.into()),
+        };
+        let answer = answer
+            .map_err(|_| {
+                let addr = &self.addr;
+                NetworkError::from_string(format!("{addr} did not take the snapshot in time"))
+            })?
+            .map_err(rpc_error)?
+            .into_inner();
+        Ok(decode(&answer.body).map_err(|error| NetworkError::new(&error))?)
+    }
+}
