@@ -63,6 +63,16 @@ impl std::fmt::Debug for LeaderLoop {
     }
 }
 
+/// The loops of this crate's deciding parts. Others (liveness) are pushed behind them.
+#[must_use]
+pub fn deciding_loops() -> Vec<LeaderLoop> {
+    vec![
+        LeaderLoop::new("orchestrator", crate::orchestrator::run::run),
+        LeaderLoop::new("scheduler", crate::scheduler::run::run),
+        LeaderLoop::new("roles", crate::orchestrator::roles::run),
+    ]
+}
+
 /// What a leader's loop may use.
 #[derive(Clone)]
 pub struct LoopContext {
@@ -230,10 +240,10 @@ impl Feed {
         };
         let mut changes = vec![first];
         while changes.len() < DRAIN_MAX {
-            match self.watch.next().now_or_never() {
-                None => break,
-                Some(Ok(change)) => changes.push(change),
-                Some(Err(error)) => return self.renew(context, &error),
+            match self.watch.try_next() {
+                Ok(None) => break,
+                Ok(Some(change)) => changes.push(change),
+                Err(error) => return self.renew(context, &error),
             }
         }
         if let Some(last) = changes.last() {

@@ -1,5 +1,6 @@
 //! Everything a manager decides.
 
+pub mod ca;
 pub mod clock;
 pub mod leader;
 pub mod orchestrator;

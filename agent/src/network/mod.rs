@@ -7,9 +7,16 @@
 //! step fails, and treats "already there" and "already gone" as success.
 
 pub mod config;
+mod gateway;
 pub mod kernel;
+mod lb;
 pub mod names;
 mod netlink;
+mod netns;
+mod nft;
+mod overlay;
+mod route;
+mod sandbox;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -118,18 +118,6 @@ impl Request {
     pub fn messages(&self) -> u32 {
         self.count
     }
-
-    /// What would be sent.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// Length of the message being written, to keep each attribute below 64 KiB.
-    #[must_use]
-    pub fn message_len(&self) -> usize {
-        self.bytes.len() - self.start
-    }
 }
 
 /// A message as received.
@@ -445,7 +433,7 @@ mod tests {
             .nest(18, |inner| {
                 inner.u32(1, 99);
             });
-        let all: Vec<_> = replies(request.bytes()).collect();
+        let all: Vec<_> = replies(&request.bytes).collect();
         assert_eq!(all.len(), 1);
         let body = &all[0].payload[8..];
         assert_eq!(as_text(attribute(body, 3).unwrap()), "eth0");

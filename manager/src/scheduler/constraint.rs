@@ -3,7 +3,7 @@
 //! Pure. A [`Constraint`] that exists is one that can be evaluated: unknown
 //! keys, operators and addresses are refused by [`Constraint::parse`].
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -210,7 +210,7 @@ fn same(left: &str, right: &str) -> bool {
     left.eq_ignore_ascii_case(right) || left.to_lowercase() == right.to_lowercase()
 }
 
-fn holds(labels: &HashMap<String, String>, name: &str, value: &str) -> bool {
+fn holds(labels: &BTreeMap<String, String>, name: &str, value: &str) -> bool {
     labels.get(name).is_some_and(|have| same(have, value))
 }
 
@@ -234,7 +234,7 @@ mod tests {
             role: NodeRole::Manager as i32,
             spec: Some(NodeSpec {
                 annotations: Some(Annotations {
-                    labels: HashMap::from([("zone".into(), "A".into())]),
+                    labels: BTreeMap::from([("zone".into(), "A".into())]),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -245,7 +245,7 @@ mod tests {
                     architecture: "x86_64".into(),
                     os: "linux".into(),
                 }),
-                engine_labels: HashMap::from([("disk".into(), "ssd".into())]),
+                engine_labels: BTreeMap::from([("disk".into(), "ssd".into())]),
                 ..Default::default()
             }),
             status: Some(NodeStatus {

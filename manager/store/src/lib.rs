@@ -9,7 +9,11 @@
 
 mod allocator;
 mod apply;
+#[cfg(test)]
+mod apply_test;
 pub mod consensus;
+#[cfg(test)]
+mod invariants_test;
 mod snapshot;
 pub mod state;
 pub mod store;

@@ -243,18 +243,17 @@ impl Watch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{create, network, transaction};
+    use crate::testing::{create, node, transaction};
 
     fn store() -> Arc<Store> {
         Store::new(State::default())
     }
 
     fn add(store: &Store, index: u64) {
-        let id = format!("network{index}");
-        let made = network(&id, &id, "");
+        let id = format!("node{index}");
         store
-            .commit(index, &transaction([create(made)]))
-            .expect("a new name");
+            .commit(index, &transaction([create(node(&id, ""))]))
+            .expect("a new ID");
     }
 
     #[tokio::test]
@@ -324,9 +323,9 @@ mod tests {
     async fn a_refused_transaction_advances_the_index_only() {
         let store = store();
         add(&store, 1);
-        let again = transaction([create(network("network1", "other", ""))]);
+        let again = transaction([create(node("node1", ""))]);
         assert!(store.commit(2, &again).is_err());
         assert_eq!(store.state().index(), 2);
-        assert_eq!(store.state().networks().count(), 1);
+        assert_eq!(store.state().nodes().count(), 1);
     }
 }

@@ -1,0 +1,186 @@
+//! The leader's loop around the orchestrator.
+//!
+//! Events say which services to look at, never what to do: each look reads the
+//! newest state. A new leader, or a loop that was too slow, looks at all of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use swarm_proto::v1::{Node, service_mode};
+use swarm_proto::{ServiceId, TaskId};
+use swarm_store::store::Change;
+use swarm_store::{Event, State};
+
+use super::decide;
+use crate::leader::{Fed, Feed, Group, LoopContext};
+
+/// Once a pass has decided this many groups, it proposes them before it goes on.
+const GROUPS_MAX: usize = 2048;
+
+/// Keeps tasks as services want them until the term ends.
+pub(crate) async fn run(context: LoopContext) {
+    let mut feed = Feed::new(&context);
+    let mut agenda = Agenda::default();
+    agenda.add_all(feed.state());
+    loop {
+        if let Some(groups) = agenda.work(&context) {
+            let proposed = tokio::select! {
+                () = context.cancel.cancelled() => return,
+                proposed = context.propose_groups(groups) => proposed,
+            };
+            if let Some(error) = proposed.failed {
+                if !context.settle(&error).await {
+                    return;
+                }
+                feed = Feed::new(&context);
+                agenda.add_all(feed.state());
+            }
+            // What was refused has changed meanwhile: the change is on its way here.
+            if !agenda.dirty.is_empty() {
+                continue;
+            }
+        }
+        let fed = tokio::select! {
+            () = context.cancel.cancelled() => return,
+            () = context.sleep_until(agenda.next_timer()) => continue,
+            fed = feed.next(&context) => fed,
+        };
+        match fed {
+            Fed::Changes(changes) => changes.iter().for_each(|change| agenda.observe(change)),
+            Fed::All => agenda.add_all(feed.state()),
+            Fed::Closed => return,
+        }
+    }
+}
+
+/// Which services to look at, now and later.
+#[derive(Debug, Default)]
+struct Agenda {
+    dirty: BTreeSet<ServiceId>,
+    timers: BTreeSet<(Duration, ServiceId)>,
+    timer_of: BTreeMap<ServiceId, Duration>,
+}
+
+impl Agenda {
+    /// Decides for services that are due, until there is enough to propose.
+    fn work(&mut self, context: &LoopContext) -> Option<Vec<Group>> {
+        let now = context.now();
+        while let Some((at, _)) = self.timers.first()
+            && *at <= now
+        {
+            if let Some((_, service)) = self.timers.pop_first() {
+                self.timer_of.remove(&service);
+                self.dirty.insert(service);
+            }
+        }
+        if self.dirty.is_empty() {
+            return None;
+        }
+        let state = context.consensus.store().state();
+        let mut groups = Vec::new();
+        while groups.len() < GROUPS_MAX
+            && let Some(service) = self.dirty.pop_first()
+        {
+            let decision = decide(&state, &service, now, &mut TaskId::random);
+            groups.extend(decision.groups);
+            self.set_timer(service, decision.wake_at);
+        }
+        Some(groups)
+    }
+
+    fn set_timer(&mut self, service: ServiceId, at: Option<Duration>) {
+        if let Some(old) = self.timer_of.remove(&service) {
+            self.timers.remove(&(old, service.clone()));
+        }
+        if let Some(at) = at {
+            self.timers.insert((at, service.clone()));
+            self.timer_of.insert(service, at);
+        }
+    }
+
+    fn next_timer(&self) -> Option<Duration> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
+    fn add_all(&mut self, state: &State) {
+        self.dirty
+            .extend(state.services().map(|service| ServiceId::from(&service.id)));
+        // Tasks whose service was removed while nobody looked.
+        for task in state.tasks() {
+            if !self.dirty.contains(task.service_id.as_str()) {
+                self.dirty.insert(ServiceId::from(&task.service_id));
+            }
+        }
+    }
+
+    fn observe(&mut self, change: &Change) {
+        for event in change.events.iter() {
+            match event {
+                Event::Service { .. } => {
+                    self.dirty.insert(ServiceId::from(event.id()));
+                }
+                Event::Task { old, new } => {
+                    if let Some(task) = new.as_ref().or(old.as_ref()) {
+                        self.dirty.insert(ServiceId::from(&task.service_id));
+                    }
+                }
+                Event::Node { old, new } => {
+                    if differ(old.as_deref(), new.as_deref()) {
+                        self.add_node(&change.state, event.id());
+                    }
+                }
+                Event::Cluster { old, new } => {
+                    let limit = |cluster: &swarm_proto::v1::Cluster| {
+                        cluster
+                            .spec
+                            .as_ref()
+                            .and_then(|spec| spec.task_history_limit)
+                    };
+                    if old.as_deref().and_then(limit) != new.as_deref().and_then(limit) {
+                        self.add_all(&change.state);
+                    }
+                }
+                Event::Network { .. } => {}
+            }
+        }
+    }
+
+    /// Services with a task on the node, and those that want one on every node.
+    fn add_node(&mut self, state: &State, node_id: &str) {
+        for task in state.tasks_on_node(node_id) {
+            self.dirty.insert(ServiceId::from(&task.service_id));
+        }
+        for service in state.services() {
+            let mode = service.spec.as_ref().and_then(|spec| spec.mode.as_ref());
+            if let Some(service_mode::Mode::Global(_)) = mode.and_then(|mode| mode.mode.as_ref()) {
+                self.dirty.insert(ServiceId::from(&service.id));
+            }
+        }
+    }
+}
+
+/// Whether what orchestrators look at has changed.
+fn differ(old: Option<&Node>, new: Option<&Node>) -> bool {
+    let (Some(old), Some(new)) = (old, new) else {
+        return true;
+    };
+    let seen = |node: &Node| {
+        node.status
+            .as_ref()
+            .map(|status| (status.state, status.addr.clone()))
+    };
+    let described = |node: &Node| {
+        let description = node.description.as_ref();
+        description.map(|d| {
+            (
+                d.hostname.clone(),
+                d.platform.clone(),
+                d.engine_labels.clone(),
+            )
+        })
+    };
+    old.spec != new.spec
+        || old.role != new.role
+        || seen(old) != seen(new)
+        || described(old) != described(new)
+}

@@ -1,0 +1,47 @@
+//! The leader's loop around the scheduler.
+
+use swarm_proto::v1::{object, store_action};
+
+use super::Scheduler;
+use crate::leader::{Fed, Feed, LoopContext, Proposed};
+
+/// Places pending tasks until the term ends. Wakes with every change, takes in all
+/// that are there, then decides: no debounce, and one pass for a burst.
+pub(crate) async fn run(context: LoopContext) {
+    let mut feed = Feed::new(&context);
+    let mut scheduler = Scheduler::new(feed.state());
+    loop {
+        let groups = scheduler.decide(feed.state(), context.now());
+        if !groups.is_empty() {
+            let Proposed { refused, failed } = tokio::select! {
+                () = context.cancel.cancelled() => return,
+                proposed = context.propose_groups(groups) => proposed,
+            };
+            if let Some(error) = failed {
+                if !context.settle(&error).await {
+                    return;
+                }
+                feed = Feed::new(&context);
+                scheduler = Scheduler::new(feed.state());
+                continue;
+            }
+            // What was refused has changed meanwhile: the change is on its way here.
+            for action in refused.into_iter().flatten() {
+                if let Some(store_action::Action::Update(object)) = action.action
+                    && let Some(object::Object::Task(task)) = object.object
+                {
+                    scheduler.take_back(feed.state(), &task.id);
+                }
+            }
+        }
+        let fed = tokio::select! {
+            () = context.cancel.cancelled() => return,
+            fed = feed.next(&context) => fed,
+        };
+        match fed {
+            Fed::Changes(changes) => changes.iter().for_each(|change| scheduler.observe(change)),
+            Fed::All => scheduler = Scheduler::new(feed.state()),
+            Fed::Closed => return,
+        }
+    }
+}
