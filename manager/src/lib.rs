@@ -5,3 +5,5 @@ pub mod clock;
 pub mod leader;
 pub mod orchestrator;
 pub mod scheduler;
+#[cfg(test)]
+mod world;

@@ -98,3 +98,6 @@ fn task_id(action: &StoreAction) -> Option<&str> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod rules_test;

@@ -50,6 +50,8 @@ pub(crate) struct Slot<'a> {
     pub(crate) dirty: Option<&'a Arc<Task>>,
     /// A successor was made in this pass.
     pub(crate) renewed: bool,
+    /// Something is written about its tasks in this pass: an update takes its turn in the next.
+    pub(crate) touched: bool,
     /// Has no live task, and the restart policy wants none.
     pub(crate) finished: bool,
 }
@@ -85,6 +87,7 @@ impl<'a> Pass<'a> {
             clean: None,
             dirty: None,
             renewed: true,
+            touched: true,
             finished: false,
         }
     }
@@ -133,6 +136,7 @@ impl<'a> Pass<'a> {
             clean: keep_clean,
             dirty: keep_dirty,
             renewed: false,
+            touched: false,
             finished: false,
         };
         if keep_clean.is_none() && keep_dirty.is_none() {
@@ -149,6 +153,7 @@ impl<'a> Pass<'a> {
         {
             group.extend(self.release(task, &slot));
         }
+        slot.touched = !group.is_empty();
         self.decision.push(group);
         slot
     }
@@ -205,6 +210,9 @@ impl<'a> Pass<'a> {
         let just_ended = slot.tasks.iter().rfind(|task| is_wanted(task));
         let last = *just_ended.or(slot.tasks.last())?;
         let same_spec = !update::is_dirty(last, self.service);
+        if !same_spec && !is_wanted(last) && ended_by_itself(last) {
+            return None; // The slot was at rest; a new spec reaches it as an update.
+        }
         let (restarts, not_before) = match restart::next(&self.policy, last, &slot.tasks, same_spec)
         {
             Next::Never => return None,

@@ -88,12 +88,12 @@ pub(crate) fn decide<'a>(pass: &mut Pass<'a>, slots: &[Slot<'a>]) {
     let service = pass.service;
     let config = config(service);
     // Slots that still need a new task; those where the new one runs beside the old one are on their way.
-    let mut waiting: Vec<&Slot<'_>> = slots
+    let needs: Vec<&Slot<'_>> = slots
         .iter()
         .filter(|slot| !slot.renewed && slot.clean.is_none())
         .filter(|slot| slot.dirty.is_some() || is_finished_dirty(slot, service))
         .collect();
-    let done = waiting.is_empty() && slots.iter().all(|slot| slot.dirty.is_none());
+    let done = needs.is_empty() && slots.iter().all(|slot| slot.dirty.is_none());
     let status = service
         .update_status
         .as_ref()
@@ -142,6 +142,8 @@ pub(crate) fn decide<'a>(pass: &mut Pass<'a>, slots: &[Slot<'a>]) {
                 return;
             }
             // What does not run is replaced first: it costs nothing.
+            let mut waiting: Vec<&Slot<'_>> =
+                needs.into_iter().filter(|slot| !slot.touched).collect();
             waiting.sort_by_key(|slot| slot.dirty.is_some_and(|task| is_good(task)));
             let at_once = match usize::try_from(config.parallelism).unwrap_or(usize::MAX) {
                 0 => usize::MAX,

@@ -460,6 +460,26 @@ impl Scheduler {
     }
 }
 
+#[cfg(test)]
+impl Scheduler {
+    /// What is left of a node, and who is on it.
+    pub(crate) fn describe(&self, id: &str) -> String {
+        let Some(&at) = self.by_id.get(id) else {
+            return "unknown".to_owned();
+        };
+        let info = &self.nodes[at as usize];
+        let services: BTreeMap<&str, u32> = self
+            .services
+            .iter()
+            .filter_map(|(service, info)| Some((service.as_str(), *info.active.get(&at)?)))
+            .collect();
+        format!(
+            "{:?} {} {} {} {:?} {services:?}",
+            info.closed, info.cpus_free, info.memory_free, info.active, info.ports
+        )
+    }
+}
+
 /// Says why no node takes the task, unless it says so already.
 fn explain_to(task: &Task, sentence: String, now: Duration, out: &mut Vec<Group>) {
     let status = task.status.clone().unwrap_or_default();

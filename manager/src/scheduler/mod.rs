@@ -15,3 +15,6 @@ mod spread;
 pub use filter::platform_fits;
 pub use mirror::Scheduler;
 pub use spread::{Spread, SpreadError};
+
+#[cfg(test)]
+mod rules_test;
