@@ -3,8 +3,19 @@
 //! Small idempotent steps; "already done" is success. Containers outlive the
 //! agent: [`Runtime::list`] finds them again after a restart.
 
+mod bundle;
+mod cgroup;
+mod engine;
+mod exec;
+mod execshim;
+mod follow;
+mod layer;
+mod logfile;
 mod oci;
+mod pull;
+mod rootfs;
 mod shim;
+mod store;
 
 pub use oci::{ImageLimits, LogLimits, OciEngine, OciRuntime, RuntimeConfig};
 pub use shim::reexec;

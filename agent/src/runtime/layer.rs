@@ -1,0 +1,447 @@
+//! Unpacks one layer of an image into a directory for overlayfs.
+//!
+//! Everything in an archive is hostile: paths are resolved by the kernel inside
+//! the directory (`openat2` with `RESOLVE_IN_ROOT`), final components are never
+//! followed, `..` and device nodes end the unpacking with an error, sizes and
+//! counts are bounded. Blocking; touches only the given directory.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
+use nix::sys::stat::{Mode, SFlag, UtimensatFlags, fstatat, mkdirat, mknodat, utimensat};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
+use sha2::{Digest, Sha256};
+use tar::{Archive, Entry, EntryType};
+
+/// Files and directories in one layer.
+const MAX_ENTRIES: usize = 2_000_000;
+/// One extended attribute; the kernel's own limit.
+const MAX_XATTR: usize = 64 << 10;
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// Why a layer was not unpacked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LayerError {
+    #[error("refused {path:?}: {why}")]
+    Refused { path: PathBuf, why: &'static str },
+    #[error("more than {limit} bytes unpacked")]
+    TooLarge { limit: u64 },
+    #[error("contents are {found}, the image says {expected}")]
+    WrongContents { expected: String, found: String },
+    #[error("cannot write {path:?}: {source}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("damaged archive: {0}")]
+    Damaged(io::Error),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Unpacks `archive` (tar, plain or compressed by gzip or zstd) into the empty directory
+/// `target`. Fails unless the uncompressed archive's digest is `diff_id`; the directory
+/// then holds remains that the caller removes.
+pub(super) fn unpack(
+    archive: File,
+    target: &Path,
+    diff_id: &str,
+    max_bytes: u64,
+) -> Result<(), LayerError> {
+    let root: OwnedFd = File::open(target)?.into();
+    let stream = decompress(archive)?;
+    let mut reader = Measured {
+        inner: stream,
+        hash: Sha256::new(),
+        left: max_bytes,
+        over: false,
+    };
+    let result = unpack_entries(&mut reader, root.as_fd());
+    if reader.over {
+        return Err(LayerError::TooLarge { limit: max_bytes });
+    }
+    result?;
+    // The archive may go on after its end mark; its digest covers that too.
+    let drained = io::copy(&mut reader, &mut io::sink());
+    if reader.over {
+        return Err(LayerError::TooLarge { limit: max_bytes });
+    }
+    drained.map_err(LayerError::Damaged)?;
+    let found = format!("sha256:{}", hex::encode(reader.hash.finalize()));
+    if found != diff_id {
+        return Err(LayerError::WrongContents {
+            expected: diff_id.to_owned(),
+            found,
+        });
+    }
+    Ok(())
+}
+
+/// By the first bytes: media types lie more often than magic numbers.
+fn decompress(mut file: File) -> io::Result<Box<dyn Read>> {
+    use std::io::Seek;
+    let mut magic = [0; 4];
+    let mut filled = 0;
+    while filled < magic.len() {
+        match file.read(&mut magic[filled..])? {
+            0 => break,
+            n => filled += n,
+        }
+    }
+    file.rewind()?;
+    let file = BufReader::with_capacity(128 << 10, file);
+    Ok(match magic {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
+        [0x28, 0xb5, 0x2f, 0xfd] => Box::new(zstd::Decoder::with_buffer(file)?),
+        _ => Box::new(file),
+    })
+}
+
+/// Hashes what is read and stops at a limit.
+struct Measured<R> {
+    inner: R,
+    hash: Sha256,
+    left: u64,
+    over: bool,
+}
+
+impl<R: Read> Read for Measured<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.hash.update(&buffer[..n]);
+        match self.left.checked_sub(n as u64) {
+            Some(left) => self.left = left,
+            None => {
+                self.over = true;
+                return Err(io::Error::other("too large"));
+            }
+        }
+        Ok(n)
+    }
+}
+
+fn unpack_entries<R: Read>(reader: &mut R, root: BorrowedFd<'_>) -> Result<(), LayerError> {
+    let mut archive = Archive::new(reader);
+    // Directories get their times last: making files inside would change them again.
+    let mut directory_times: BTreeMap<PathBuf, TimeSpec> = BTreeMap::new();
+    for (count, entry) in archive.entries().map_err(LayerError::Damaged)?.enumerate() {
+        let mut entry = entry.map_err(LayerError::Damaged)?;
+        let path = relative(&entry.path().map_err(LayerError::Damaged)?)?;
+        if count >= MAX_ENTRIES {
+            return Err(LayerError::Refused {
+                path,
+                why: "too many files in one layer",
+            });
+        }
+        if let Some(mtime) = unpack_entry(&mut entry, &path, root)? {
+            directory_times.insert(path, mtime);
+        }
+    }
+    for (path, mtime) in directory_times.iter().rev() {
+        if let Ok((parent, name)) = parent_of(root, path) {
+            let name = if path.as_os_str().is_empty() {
+                OsStr::new(".")
+            } else {
+                name
+            };
+            let _ = utimensat(&parent, name, mtime, mtime, UtimensatFlags::NoFollowSymlink);
+        }
+    }
+    Ok(())
+}
+
+/// Without leading `/` and `.` parts; `..` is refused.
+fn relative(path: &Path) -> Result<PathBuf, LayerError> {
+    let mut result = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => result.push(part),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => {
+                return Err(LayerError::Refused {
+                    path: path.into(),
+                    why: "has a .. component",
+                });
+            }
+        }
+    }
+    Ok(result)
+}
+
+/// Opens the directory that holds `path`, inside the root, making what is missing.
+fn parent_of<'a>(root: BorrowedFd<'_>, path: &'a Path) -> Result<(OwnedFd, &'a OsStr), LayerError> {
+    let parent = path.parent().unwrap_or(Path::new(""));
+    let name = path.file_name().unwrap_or(OsStr::new("."));
+    let failed = |source: nix::Error| LayerError::Write {
+        path: path.into(),
+        source: source.into(),
+    };
+    match open_dir(root, parent) {
+        Err(nix::Error::ENOENT) => {}
+        other => return Ok((other.map_err(failed)?, name)),
+    }
+    let mut made = PathBuf::new();
+    for part in parent.components() {
+        let above = open_dir(root, &made).map_err(failed)?;
+        match mkdirat(&above, part.as_os_str(), Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(nix::Error::EEXIST) => {}
+            Err(err) => return Err(failed(err)),
+        }
+        made.push(part);
+    }
+    Ok((open_dir(root, parent).map_err(failed)?, name))
+}
+
+fn open_dir(root: BorrowedFd<'_>, path: &Path) -> nix::Result<OwnedFd> {
+    let path = if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    };
+    let how = OpenHow::new()
+        .flags(OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(root, path, how)
+}
+
+/// Returns the time to set later if it is a directory.
+fn unpack_entry<R: Read>(
+    entry: &mut Entry<'_, R>,
+    path: &Path,
+    root: BorrowedFd<'_>,
+) -> Result<Option<TimeSpec>, LayerError> {
+    let kind = entry.header().entry_type();
+    if matches!(kind, EntryType::XGlobalHeader) {
+        return Ok(None);
+    }
+    let refused = |why| LayerError::Refused {
+        path: path.to_owned(),
+        why,
+    };
+    let failed = |source: io::Error| LayerError::Write {
+        path: path.to_owned(),
+        source,
+    };
+    let sys = |source: nix::Error| failed(source.into());
+    let header = entry.header();
+    let mode = header.mode().map_err(LayerError::Damaged)? & 0o7777;
+    let uid = u32::try_from(header.uid().map_err(LayerError::Damaged)?);
+    let gid = u32::try_from(header.gid().map_err(LayerError::Damaged)?);
+    let (Ok(uid), Ok(gid)) = (uid, gid) else {
+        return Err(refused("its owner is out of range"));
+    };
+    let mtime = i64::try_from(header.mtime().unwrap_or(0)).unwrap_or(0);
+    let mtime = TimeSpec::new(mtime, 0);
+
+    if path.as_os_str().is_empty() {
+        if kind != EntryType::Directory {
+            return Err(refused("the root is not a directory"));
+        }
+        let dir = open_dir(root, path).map_err(sys)?;
+        set_owner_and_mode(dir.as_fd(), OsStr::new("."), uid, gid, Some(mode)).map_err(sys)?;
+        return Ok(Some(mtime));
+    }
+    let (parent, name) = parent_of(root, path)?;
+    let parent = parent.as_fd();
+
+    if name.as_bytes() == OPAQUE {
+        xattr_set(parent, b"trusted.overlay.opaque", b"y").map_err(failed)?;
+        return Ok(None);
+    }
+    if let Some(hidden) = name.as_bytes().strip_prefix(WHITEOUT) {
+        if hidden.is_empty() || hidden == b"." || hidden == b".." || hidden.starts_with(WHITEOUT) {
+            // aufs kept notes of its own under such names; they mean nothing here.
+            return Ok(None);
+        }
+        let hidden = OsStr::from_bytes(hidden);
+        clear(parent, hidden, false).map_err(sys)?;
+        mknodat(parent, hidden, SFlag::S_IFCHR, Mode::empty(), 0).map_err(sys)?;
+        return Ok(None);
+    }
+
+    clear(parent, name, kind == EntryType::Directory).map_err(sys)?;
+    let attributes = extended_attributes(entry)?;
+    match kind {
+        EntryType::Directory => {
+            match mkdirat(parent, name, Mode::from_bits_truncate(0o700)) {
+                Ok(()) | Err(nix::Error::EEXIST) => {}
+                Err(err) => return Err(sys(err)),
+            }
+            set_owner_and_mode(parent, name, uid, gid, Some(mode)).map_err(sys)?;
+            let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let dir = openat(parent, name, flags, Mode::empty()).map_err(sys)?;
+            for (key, value) in attributes {
+                xattr_set(dir.as_fd(), &key, &value).map_err(failed)?;
+            }
+            return Ok(Some(mtime));
+        }
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+            let flags = OFlag::O_CREAT
+                | OFlag::O_EXCL
+                | OFlag::O_WRONLY
+                | OFlag::O_NOFOLLOW
+                | OFlag::O_CLOEXEC;
+            let file = openat(parent, name, flags, Mode::from_bits_truncate(0o600)).map_err(sys)?;
+            let mut file = File::from(file);
+            copy(entry, &mut file, path)?;
+            // Owner first: changing it clears set-user-ID and capabilities.
+            set_owner_and_mode(parent, name, uid, gid, Some(mode)).map_err(sys)?;
+            for (key, value) in attributes {
+                xattr_set(file.as_fd(), &key, &value).map_err(failed)?;
+            }
+        }
+        EntryType::Link => {
+            let link = entry.link_name().map_err(LayerError::Damaged)?;
+            let link = relative(&link.ok_or_else(|| refused("a hard link to nothing"))?)?;
+            let (from, from_name) = parent_of(root, &link)?;
+            let meta = fstatat(&from, from_name, AtFlags::AT_SYMLINK_NOFOLLOW)
+                .map_err(|_| refused("a hard link to a file that is not in the layer"))?;
+            if meta.st_mode & libc::S_IFMT == libc::S_IFDIR {
+                return Err(refused("a hard link to a directory"));
+            }
+            linkat(&from, from_name, parent, name, AtFlags::empty()).map_err(sys)?;
+            return Ok(None);
+        }
+        EntryType::Symlink => {
+            // Stored as it is: it means something only inside the container's root.
+            let link = entry.link_name().map_err(LayerError::Damaged)?;
+            let link = link.ok_or_else(|| refused("a symbolic link to nothing"))?;
+            symlinkat(link.as_ref(), parent, name).map_err(sys)?;
+            set_owner_and_mode(parent, name, uid, gid, None).map_err(sys)?;
+        }
+        EntryType::Fifo => {
+            mknodat(
+                parent,
+                name,
+                SFlag::S_IFIFO,
+                Mode::from_bits_truncate(0o600),
+                0,
+            )
+            .map_err(sys)?;
+            set_owner_and_mode(parent, name, uid, gid, Some(mode)).map_err(sys)?;
+        }
+        EntryType::Char | EntryType::Block => {
+            return Err(refused("device nodes do not belong into an image"));
+        }
+        _ => return Err(refused("an unknown kind of entry")),
+    }
+    utimensat(
+        parent,
+        name,
+        &mtime,
+        &mtime,
+        UtimensatFlags::NoFollowSymlink,
+    )
+    .map_err(sys)?;
+    Ok(None)
+}
+
+/// Tells a damaged archive from a full disk.
+fn copy(from: &mut impl Read, to: &mut File, path: &Path) -> Result<(), LayerError> {
+    use std::io::Write;
+    let mut buffer = vec![0; 128 << 10];
+    loop {
+        let n = match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => n,
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+            Err(err) => return Err(LayerError::Damaged(err)),
+        };
+        to.write_all(&buffer[..n])
+            .map_err(|source| LayerError::Write {
+                path: path.to_owned(),
+                source,
+            })?;
+    }
+}
+
+/// A later entry replaces an earlier one of the same name, except a directory by a directory.
+fn clear(parent: BorrowedFd<'_>, name: &OsStr, keep_directory: bool) -> nix::Result<()> {
+    let meta = match fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(meta) => meta,
+        Err(nix::Error::ENOENT) => return Ok(()),
+        Err(err) => return Err(err),
+    };
+    if meta.st_mode & libc::S_IFMT != libc::S_IFDIR {
+        return unlinkat(parent, name, UnlinkatFlags::NoRemoveDir);
+    }
+    if keep_directory {
+        return Ok(());
+    }
+    // Through the descriptor: the directory that is removed is the one that was looked at.
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let dir = openat(parent, name, flags, Mode::empty())?;
+    let path = readlinkat(
+        nix::fcntl::AT_FDCWD,
+        format!("/proc/self/fd/{}", dir.as_raw_fd()).as_str(),
+    )?;
+    std::fs::remove_dir_all(path)
+        .map_err(|err| nix::Error::from_raw(err.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+fn set_owner_and_mode(
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    uid: u32,
+    gid: u32,
+    mode: Option<u32>,
+) -> nix::Result<()> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    fchownat(
+        parent,
+        name,
+        Some(uid),
+        Some(gid),
+        AtFlags::AT_SYMLINK_NOFOLLOW,
+    )?;
+    if let Some(mode) = mode {
+        // What is changed was just made here and is no symbolic link.
+        let follow = nix::sys::stat::FchmodatFlags::FollowSymlink;
+        nix::sys::stat::fchmodat(parent, name, Mode::from_bits_truncate(mode), follow)?;
+    }
+    Ok(())
+}
+
+/// Those an image may carry. `trusted.*` would forge overlayfs' own marks.
+fn extended_attributes<R: Read>(
+    entry: &mut Entry<'_, R>,
+) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError> {
+    let mut attributes = Vec::new();
+    if let Some(extensions) = entry.pax_extensions().map_err(LayerError::Damaged)? {
+        for extension in extensions {
+            let extension = extension.map_err(LayerError::Damaged)?;
+            let Some(key) = extension.key_bytes().strip_prefix(b"SCHILY.xattr.") else {
+                continue;
+            };
+            let wanted = key == b"security.capability" || key.starts_with(b"user.");
+            if wanted && extension.value_bytes().len() <= MAX_XATTR {
+                attributes.push((key.to_vec(), extension.value_bytes().to_vec()));
+            }
+        }
+    }
+    Ok(attributes)
+}
+
+fn xattr_set(file: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let key = CString::new(key)?;
+    // SAFETY: the descriptor is open, the name is NUL-terminated, the value has the given length.
+    let result = unsafe {
+        libc::fsetxattr(
+            file.as_raw_fd(),
+            key.as_ptr(),
+            value.as_ptr().cast(),
+            value.len(),
+            0,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
