@@ -2,6 +2,7 @@
 
 pub mod ca;
 pub mod clock;
+pub mod control;
 pub mod leader;
 pub mod orchestrator;
 pub mod scheduler;
