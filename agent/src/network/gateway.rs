@@ -230,8 +230,10 @@ impl Gateway {
                 }
             }
         }
-        for link in links {
-            if link.name.starts_with("swg") && !mine.contains(&link.name) {
+        for link in links.iter().filter(|l| l.name.starts_with("swg")) {
+            if mine.contains(&link.name) {
+                set_port(host, link.index).map_err(kernel("set up a port of the bridge"))?;
+            } else {
                 host.route
                     .remove_link(&link.name)
                     .map_err(kernel("remove a link nobody owns"))?;
@@ -290,6 +292,14 @@ impl Gateway {
                     .translate(true);
             });
         }
+        // Only seen where br_netfilter shows bridged packets to these hooks; elsewhere the ports are isolated.
+        batch.add_chain("separate", hook("filter", 2, 0));
+        batch.add_rule("separate", |rule| {
+            rule.arrives_by(BRIDGE, true)
+                .leaves_by(BRIDGE, true)
+                .is_new_and_direct()
+                .drop();
+        });
         batch.add_chain("leave", hook("nat", 4, 100));
         // To the outside; from the host itself (also from 127.0.0.1); and from one container to another's port.
         batch.add_rule("leave", |rule| {
@@ -430,7 +440,7 @@ impl Gateway {
                 )?;
             }
             let near = host.route.link(&port)?.ok_or(io::ErrorKind::NotFound)?;
-            host.route.isolate_port(near.index)?;
+            set_port(host, near.index)?;
             let far = sandbox.route.link(name)?.ok_or(io::ErrorKind::NotFound)?;
             let with_prefix = Ipv4Net::new(addr, bridge.addr.prefix_len())
                 .map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -532,6 +542,20 @@ impl Gateway {
             .map_err(kernel("remove the gateway bridge"))
             .and(rules)
     }
+}
+
+/// Keeps containers apart on the bridge, but lets them use each other's published ports, and their own.
+///
+/// Where br_netfilter is on, a packet to a published port is translated while still in the bridge, and goes
+/// from port to port (perhaps the same): that must be allowed, and the packet rules keep the rest apart. The setting is
+/// the host's (other programs rely on it), so we go by it. Where it is off, such a packet takes the
+/// way through the host, and ports can be isolated.
+fn set_port(host: &Host, index: u32) -> io::Result<()> {
+    let filtered = host.run(|| {
+        let setting = std::fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables");
+        Ok(setting.is_ok_and(|setting| setting.trim() == "1"))
+    })?;
+    host.route.set_port(index, !filtered, filtered)
 }
 
 /// Binds a port on all of the host's addresses, so that no other program takes it. 0 = any free one.

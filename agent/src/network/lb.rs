@@ -43,13 +43,14 @@ pub fn plan<'a>(task: &TaskId, views: impl IntoIterator<Item = &'a NetworkView>)
     for view in views {
         let mut by_service: BTreeMap<&str, Vec<Ipv4Addr>> = BTreeMap::new();
         for endpoint in view.endpoints.values() {
-            if endpoint.ready && !endpoint.draining {
-                if let Some(addr) = super::overlay::endpoint_addr(endpoint) {
-                    by_service
-                        .entry(endpoint.service_id.as_str())
-                        .or_default()
-                        .push(addr);
-                }
+            if endpoint.ready
+                && !endpoint.draining
+                && let Some(addr) = super::overlay::endpoint_addr(endpoint)
+            {
+                by_service
+                    .entry(endpoint.service_id.as_str())
+                    .or_default()
+                    .push(addr);
             }
         }
         for service in view.services.values() {

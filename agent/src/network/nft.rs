@@ -382,6 +382,22 @@ impl Rule<'_> {
         .compare(1, &0u32.to_ne_bytes())
     }
 
+    /// A connection being opened whose destination has not been translated.
+    pub fn is_new_and_direct(&mut self) -> &mut Self {
+        const STATE: u32 = 0;
+        const STATUS: u32 = 2;
+        const NEW: u32 = 1 << 3;
+        const DST_NAT: u32 = 1 << 5;
+        for (key, mask, operator) in [(STATE, NEW, 1), (STATUS, DST_NAT, 0)] {
+            self.expression("ct", |e| {
+                e.be32(1, REG).be32(2, key);
+            })
+            .mask(&mask.to_ne_bytes())
+            .compare(operator, &0u32.to_ne_bytes());
+        }
+        self
+    }
+
     /// What was loaded is in the set.
     pub fn is_in(&mut self, set: &str) -> &mut Self {
         self.expression("lookup", |e| {

@@ -21,6 +21,7 @@ const IFLA_VXLAN_LOCAL: u16 = 4;
 const IFLA_VXLAN_LEARNING: u16 = 7;
 const IFLA_VXLAN_PROXY: u16 = 11;
 const IFLA_VXLAN_PORT: u16 = 15;
+const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
 const IFLA_BR_MCAST_SNOOPING: u16 = 23;
 const VETH_INFO_PEER: u16 = 1;
@@ -124,10 +125,10 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
             libc::IFLA_MTU => link.mtu = as_u32(data)?,
             libc::IFLA_ADDRESS => link.mac = data.try_into().ok(),
             libc::IFLA_MASTER => link.master = as_u32(data),
-            libc::IFLA_LINKINFO => {
-                if attribute(data, IFLA_INFO_KIND).map(as_text).as_deref() == Some("vxlan") {
-                    link.vxlan = attribute(data, IFLA_INFO_DATA).and_then(parse_vxlan);
-                }
+            libc::IFLA_LINKINFO
+                if attribute(data, IFLA_INFO_KIND).map(as_text).as_deref() == Some("vxlan") =>
+            {
+                link.vxlan = attribute(data, IFLA_INFO_DATA).and_then(parse_vxlan);
             }
             _ => {}
         }
@@ -313,8 +314,9 @@ impl Route {
         })
     }
 
-    /// A port that reaches the bridge itself, but no other isolated port.
-    pub fn isolate_port(&self, index: u32) -> io::Result<()> {
+    /// Settings of a bridge's port: `isolated` reaches the bridge itself but no other isolated port;
+    /// `hairpin` may get back what it has sent.
+    pub fn set_port(&self, index: u32, isolated: bool, hairpin: bool) -> io::Result<()> {
         self.call(|request| {
             request
                 .message(
@@ -323,7 +325,8 @@ impl Route {
                     &link_header(AF_BRIDGE, index, false),
                 )
                 .nest(libc::IFLA_PROTINFO, |port| {
-                    port.u8(IFLA_BRPORT_ISOLATED, 1);
+                    port.u8(IFLA_BRPORT_ISOLATED, u8::from(isolated))
+                        .u8(IFLA_BRPORT_MODE, u8::from(hairpin));
                 });
         })
     }
