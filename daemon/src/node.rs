@@ -1,39 +1,488 @@
-//! The life of this node: in no swarm, a worker, a manager, and the ways between.
+//! The life of this node: in no swarm, or a member of one, and the ways between.
 //!
-//! One owner of what runs: [`Node`]. `init`, `join`, `leave` and changes of role take one lock, so
-//! that only one of them happens at a time. A change of role (promotion,
-//! demotion) arrives as a new certificate; the supervisor then starts or stops
-//! the manager. Containers are not touched by any of it but `leave`.
+//! One owner of what runs: [`Node`]. `init`, `join`, `leave` and the shutdown take one
+//! lock, so that only one of them happens at a time. What is half-made when a
+//! step fails is removed again.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use swarm_agent::agent::{Agent, AgentConfig};
-use swarm_agent::network::{DataplaneConfig, KernelDataplane};
+use anyhow::Context as _;
+use swarm_agent::agent::AgentConfig;
+use swarm_agent::network::KernelDataplane;
 use swarm_agent::runtime::{
-    ExecConfig, ExecSession, LogLimits, LogOptions, LogStream, OciEngine, OciRuntime, RuntimeConfig,
-    RuntimeError,
+    ExecConfig, ExecSession, LogOptions, LogStream, OciRuntime, RuntimeError,
 };
 use swarm_identity::{
-    AuthorizeLayer, DataKey, Identity, JoinToken, KeyStore, Listener, Stored, fetch_root,
-    grpc_server, keep_renewed, request_certificate,
+    DataKey, Identity, JoinToken, KeyStore, Stored, fetch_root, request_certificate,
 };
-use swarm_manager::{Manager, ManagerConfig};
-use swarm_proto::defaults;
+use swarm_manager::ca;
 use swarm_proto::v1::{
     InfoResponse, InitRequest, InitResponse, JoinClusterRequest, JoinClusterResponse,
-    LeaveClusterResponse, LocalNetwork, LocalState, NodeRole, Platform, RegistryAuth, Transaction,
+    LeaveClusterResponse, LocalNetwork, LocalState, NodeAvailability, NodeRole, Platform,
+    RegistryAuth,
 };
-use swarm_raft::{RaftConfig, RaftNode};
-use swarm_store::Consensus as _;
-use tokio::sync::{Mutex, mpsc, watch};
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Mutex, mpsc};
 use tonic::Status;
 
 use crate::address;
 use crate::config::{Args, File};
+use crate::manager::{Beginning, ManagerContext};
+use crate::member::Member;
 use crate::settings::Settings;
-use crate::switch::{ManagerSlot, NOT_IN_A_SWARM, PREPARING, WORKER};
+use crate::switch::{ManagerSlot, NOT_IN_A_SWARM};
+
+const ALREADY: &str = "This node is already part of a swarm. Use \"swarm leave\" to leave this swarm and join another one.";
+const OUTSIDE: &str = "This node is not part of a swarm";
+const LEAVING_LAST: &str = "You are attempting to leave the swarm on a node that is participating as a manager. Removing the last manager erases all current state of the swarm. Use `--force` to ignore this message.";
+const LEAVING_MANAGER: &str = "You are attempting to leave the swarm on a node that is participating as a manager. Demote it first with \"swarm node demote\" on another manager. Use `--force` to leave all the same.";
+
+/// What this process is.
+pub struct Node {
+    args: Args,
+    file: File,
+    hostname: String,
+    slot: ManagerSlot,
+    runtime: Arc<OciRuntime>,
+    dataplane: Arc<KernelDataplane>,
+    /// Why the process must end: said to `main`.
+    fatal: mpsc::Sender<String>,
+    member: Mutex<Option<Member>>,
+}
+
+impl Node {
+    /// A node that is in no swarm yet, as far as it knows.
+    #[must_use]
+    pub fn new(
+        args: Args,
+        file: File,
+        hostname: String,
+        slot: ManagerSlot,
+        runtime: Arc<OciRuntime>,
+        dataplane: Arc<KernelDataplane>,
+        fatal: mpsc::Sender<String>,
+    ) -> Arc<Self> {
+        slot.close(NOT_IN_A_SWARM);
+        Arc::new(Self {
+            args,
+            file,
+            hostname,
+            slot,
+            runtime,
+            dataplane,
+            fatal,
+            member: Mutex::new(None),
+        })
+    }
+
+    /// Goes on where an earlier process has stopped.
+    ///
+    /// # Errors
+    /// What is on disk cannot be used; the error names the file.
+    pub async fn resume(&self) -> anyhow::Result<()> {
+        let mut member = self.member.lock().await;
+        let stored = self.key_store().load()?;
+        let settings = Settings::load(&self.args.data_dir)?;
+        let (Some(stored), Some(settings)) = (stored, settings) else {
+            // A crash between the two steps of a join leaves one of them: it was not acknowledged.
+            self.forget()?;
+            return Ok(());
+        };
+        let identity = Identity::new(stored.material)?;
+        let beginning = (identity.role() == NodeRole::Manager)
+            .then(|| Beginning::resume(&self.args.data_dir, settings.remotes.clone()));
+        *member = Some(
+            self.start(identity, stored.data_key, settings, beginning)
+                .await?,
+        );
+        Ok(())
+    }
+
+    /// Makes a new swarm with this node as its manager.
+    ///
+    /// # Errors
+    /// It is in one already, or a value is no good: nothing is changed.
+    pub async fn init(&self, request: InitRequest) -> Result<InitResponse, Status> {
+        let mut member = self.member.lock().await;
+        if member.is_some() {
+            return Err(Status::failed_precondition(ALREADY));
+        }
+        let settings = settings(
+            &request.advertise_addr,
+            &request.listen_addr,
+            &request.data_path_addr,
+            Vec::new(),
+        )?;
+        let new = ca::new_cluster(&ca::InitParams {
+            hostname: self.hostname.clone(),
+            availability: request.availability(),
+            addr: settings.advertise_addr.to_string(),
+            default_addr_pool: request.default_addr_pool,
+            subnet_size: request.default_addr_pool_mask_length,
+            data_path_port: request.data_path_port,
+            node_cert_expiry: request.node_cert_expiry,
+            heartbeat_period: request.heartbeat_period,
+            now: SystemTime::now(),
+        })
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let data_key = DataKey::random();
+        let identity =
+            Identity::new(new.material.clone()).map_err(|error| internal(&error.into()))?;
+        let answer = InitResponse {
+            node_id: identity.node_id().to_string(),
+            tokens: Some(new.tokens),
+            advertise_addr: settings.advertise_addr.to_string(),
+        };
+        let stored = Stored {
+            material: new.material,
+            data_key: data_key.clone(),
+        };
+        let begin = Beginning::Bootstrap(Box::new(new.transaction));
+        *member = Some(
+            self.enter(identity, stored, settings, Some(begin))
+                .await
+                .map_err(|error| internal(&error))?,
+        );
+        Ok(answer)
+    }
+
+    /// Makes this node part of a swarm.
+    ///
+    /// # Errors
+    /// It is in one already, a value is no good, or the swarm refuses: nothing is changed.
+    pub async fn join(&self, request: JoinClusterRequest) -> Result<JoinClusterResponse, Status> {
+        let mut member = self.member.lock().await;
+        if member.is_some() {
+            return Err(Status::failed_precondition(ALREADY));
+        }
+        let token: JoinToken = request
+            .token
+            .parse()
+            .map_err(|error| Status::invalid_argument(format!("{error}")))?;
+        if request.remotes.is_empty() {
+            return Err(Status::invalid_argument(
+                "at least one manager (host:port) to join is needed",
+            ));
+        }
+        let remotes: Vec<String> = request.remotes.iter().map(|r| with_port(r)).collect();
+        let mut settings = settings(
+            &request.advertise_addr,
+            &request.listen_addr,
+            &request.data_path_addr,
+            remotes.clone(),
+        )?;
+        let material = self
+            .certificate(&remotes, &token, request.availability())
+            .await?;
+        let identity = Identity::new(material.clone()).map_err(|error| internal(&error.into()))?;
+        settings.remotes = remotes.clone();
+        let role = identity.role();
+        let stored = Stored {
+            material,
+            data_key: DataKey::random(),
+        };
+        let begin = (role == NodeRole::Manager).then_some(Beginning::Join(remotes));
+        let node_id = identity.node_id().to_string();
+        *member = Some(
+            self.enter(identity, stored, settings, begin)
+                .await
+                .map_err(|error| internal(&error))?,
+        );
+        Ok(JoinClusterResponse {
+            node_id,
+            role: role.into(),
+        })
+    }
+
+    async fn certificate(
+        &self,
+        remotes: &[String],
+        token: &JoinToken,
+        availability: NodeAvailability,
+    ) -> Result<swarm_identity::KeyMaterial, Status> {
+        let mut last = None;
+        for remote in remotes {
+            let got = async {
+                let root = fetch_root(remote, token).await?;
+                request_certificate(remote, &root, token, availability, &self.hostname).await
+            };
+            match got.await {
+                Ok(material) => return Ok(material),
+                Err(error) if error.retryable() => last = Some(error),
+                Err(error) => return Err(Status::failed_precondition(chain(&error))),
+            }
+        }
+        Err(Status::unavailable(last.map_or_else(
+            || "no manager to join".to_owned(),
+            |error| chain(&error),
+        )))
+    }
+
+    /// Saves who this node is, then starts what it does; undoes both when it cannot.
+    async fn enter(
+        &self,
+        identity: Arc<Identity>,
+        stored: Stored,
+        settings: Settings,
+        beginning: Option<Beginning>,
+    ) -> anyhow::Result<Member> {
+        let made = async {
+            std::fs::create_dir_all(&self.args.data_dir)
+                .with_context(|| format!("making {}", self.args.data_dir.display()))?;
+            self.key_store().save(&stored)?;
+            settings.save(&self.args.data_dir)?;
+            self.start(identity, stored.data_key.clone(), settings, beginning)
+                .await
+        };
+        match made.await {
+            Ok(member) => Ok(member),
+            Err(error) => {
+                self.slot.close(NOT_IN_A_SWARM);
+                self.forget()
+                    .with_context(|| format!("undoing after: {error:#}"))?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start(
+        &self,
+        identity: Arc<Identity>,
+        data_key: DataKey,
+        settings: Settings,
+        beginning: Option<Beginning>,
+    ) -> anyhow::Result<Member> {
+        let mut remotes = settings.remotes.clone();
+        if beginning.is_some() {
+            remotes.insert(0, settings.advertise_addr.to_string());
+        }
+        let context = ManagerContext {
+            identity: Arc::clone(&identity),
+            data_key,
+            raft_dir: self.args.data_dir.join("raft"),
+            advertise_addr: settings.advertise_addr,
+            listen_addr: settings.listen_addr,
+            slot: self.slot.clone(),
+            fatal: self.fatal.clone(),
+        };
+        let agent = AgentConfig {
+            data_dir: self.agent_dir(),
+            identity,
+            remotes,
+            data_path_addr: settings.data_path_addr,
+            hostname: self.hostname.clone(),
+            engine_labels: self.file.engine_labels.clone(),
+            runtime: self.runtime.clone(),
+            dataplane: self.dataplane.clone(),
+        };
+        Member::start(context, agent, settings, self.key_store(), beginning).await
+    }
+
+    /// Takes this node out of its swarm: its tasks end, its networks and identity are removed.
+    ///
+    /// # Errors
+    /// It is in none, or is a manager and `force` is not given.
+    pub async fn leave(&self, force: bool) -> Result<LeaveClusterResponse, Status> {
+        let mut slot = self.member.lock().await;
+        let Some(member) = slot.as_ref() else {
+            return Err(Status::failed_precondition(OUTSIDE));
+        };
+        if !force
+            && let Some(managers) = member.with_manager(|manager| manager.voters()).await
+        {
+            return Err(Status::failed_precondition(if managers <= 1 {
+                LEAVING_LAST
+            } else {
+                LEAVING_MANAGER
+            }));
+        }
+        member.agent.leave().await;
+        member.leave_raft().await;
+        if let Some(member) = slot.take() {
+            member.stop().await;
+        }
+        self.slot.close(NOT_IN_A_SWARM);
+        self.dataplane
+            .teardown()
+            .await
+            .map_err(|error| internal(&error.into()))?;
+        self.forget().map_err(|error| internal(&error))?;
+        Ok(LeaveClusterResponse {})
+    }
+
+    /// Stops; containers, connections and names go on.
+    pub async fn stop(&self) {
+        if let Some(member) = self.member.lock().await.take() {
+            member.stop().await;
+        }
+    }
+
+    /// What `swarm info` shows.
+    pub async fn info(&self) -> InfoResponse {
+        let mut info = InfoResponse {
+            state: LocalState::Inactive.into(),
+            hostname: self.hostname.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        };
+        let Some(member) = &*self.member.lock().await else {
+            return info;
+        };
+        info.set_state(LocalState::Active);
+        info.node_id = member.identity.node_id().to_string();
+        info.cluster_id = member.identity.cluster_id().to_string();
+        info.set_role(member.identity.role());
+        info.advertise_addr = member.settings.advertise_addr.to_string();
+        info.data_path_addr = member.settings.data_path_addr.to_string();
+        info.managers = member.agent.managers().borrow().clone();
+        info.containers_running = u32::try_from(member.agent.containers_running()).unwrap_or(u32::MAX);
+        info.certificate_expires = Some(member.identity.validity().not_after.into());
+        info.control_available = self.slot.is_open();
+        if let Some((nodes, managers)) = member.with_manager(|manager| manager.counts()).await {
+            info.node_count = nodes;
+            info.manager_count = managers;
+        }
+        info
+    }
+
+    /// The gateway bridge, and the overlay networks that a task of this node is on.
+    pub async fn local_networks(&self) -> Vec<LocalNetwork> {
+        let Some(member) = &*self.member.lock().await else {
+            return Vec::new();
+        };
+        member.agent.local_networks().await
+    }
+
+    /// What the registry says of an image now.
+    ///
+    /// # Errors
+    /// There is no such image, or no such registry.
+    pub async fn resolve_image(
+        &self,
+        image: &str,
+        auth: Option<&RegistryAuth>,
+    ) -> Result<(String, Vec<Platform>), RuntimeError> {
+        self.runtime.resolve(image, auth).await
+    }
+
+    /// Starts a process in the container of a task of this node.
+    ///
+    /// # Errors
+    /// There is no such task here, or the process cannot be started.
+    pub async fn exec(&self, task: &str, config: ExecConfig) -> Result<ExecSession, Status> {
+        let member = self.member.lock().await;
+        let agent = Arc::clone(&member.as_ref().ok_or_else(outside)?.agent);
+        drop(member);
+        agent.exec(task, config).await.map_err(Into::into)
+    }
+
+    /// The output of a task of this node.
+    ///
+    /// # Errors
+    /// There is no such task here.
+    pub async fn logs(&self, task: &str, options: LogOptions) -> Result<LogStream, Status> {
+        let member = self.member.lock().await;
+        let agent = Arc::clone(&member.as_ref().ok_or_else(outside)?.agent);
+        drop(member);
+        agent.logs(task, options).await.map_err(Into::into)
+    }
+
+    fn key_store(&self) -> KeyStore {
+        KeyStore::new(self.args.data_dir.join("certificates"))
+    }
+
+    fn agent_dir(&self) -> PathBuf {
+        self.args.data_dir.join("agent")
+    }
+
+    /// Removes everything that makes this node part of a swarm. Images stay.
+    fn forget(&self) -> anyhow::Result<()> {
+        // The settings first: without them nothing is resumed.
+        Settings::remove(&self.args.data_dir)?;
+        self.key_store().wipe()?;
+        for dir in [self.agent_dir(), self.args.data_dir.join("raft")] {
+            remove_dir(&dir)?;
+        }
+        Ok(())
+    }
+}
+
+/// Removes a directory with what is in it; one that is not there is fine.
+pub fn remove_dir(dir: &std::path::Path) -> anyhow::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn settings(
+    advertise: &str,
+    listen: &str,
+    data_path: &str,
+    remotes: Vec<String>,
+) -> Result<Settings, Status> {
+    let local = address::local_addresses()
+        .map_err(|error| Status::internal(format!("listing the addresses of this machine: {error}")))?;
+    let invalid = |error: address::AddressError| Status::invalid_argument(error.to_string());
+    let advertise = address::advertise(advertise, &local).map_err(invalid)?;
+    let listen = address::listen(listen, &local).map_err(invalid)?;
+    let data_path = if data_path.is_empty() {
+        advertise.ip()
+    } else {
+        address::advertise(data_path, &local).map_err(invalid)?.ip()
+    };
+    if !local.iter().any(|address| address.addr == data_path) && !data_path.is_loopback() {
+        return Err(Status::invalid_argument(format!(
+            "the data path address must be one of this machine's, and {data_path} is not - specify one with --data-path-addr"
+        )));
+    }
+    Ok(Settings::new(advertise, listen, data_path, remotes))
+}
+
+/// "host" gets the port of the managers' API.
+fn with_port(remote: &str) -> String {
+    if remote.parse::<std::net::SocketAddr>().is_ok() {
+        return remote.to_owned();
+    }
+    match remote.parse::<std::net::IpAddr>() {
+        Ok(addr) => std::net::SocketAddr::new(addr, swarm_proto::defaults::API_PORT).to_string(),
+        Err(_) if remote.contains(':') => remote.to_owned(),
+        Err(_) => format!("{remote}:{}", swarm_proto::defaults::API_PORT),
+    }
+}
+
+fn outside() -> Status {
+    Status::failed_precondition(OUTSIDE)
+}
+
+fn internal(error: &anyhow::Error) -> Status {
+    Status::internal(format!("{error:#}"))
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remote_without_a_port_gets_the_default_one() {
+        assert_eq!(with_port("10.0.0.1"), "10.0.0.1:2377");
+        assert_eq!(with_port("10.0.0.1:99"), "10.0.0.1:99");
+        assert_eq!(with_port("manager"), "manager:2377");
+        assert_eq!(with_port("manager:99"), "manager:99");
+        assert_eq!(with_port("::1"), "[::1]:2377");
+    }
+}
