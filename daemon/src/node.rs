@@ -6,7 +6,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use swarm_agent::agent::AgentConfig;
@@ -17,7 +16,8 @@ use swarm_agent::runtime::{
 use swarm_identity::{
     DataKey, Identity, JoinToken, KeyStore, Stored, fetch_root, request_certificate,
 };
-use swarm_manager::ca;
+use swarm_manager::ca::initial_transaction;
+use swarm_manager::clock::system_clock;
 use swarm_proto::v1::{
     InfoResponse, InitRequest, InitResponse, JoinClusterRequest, JoinClusterResponse,
     LeaveClusterResponse, LocalNetwork, LocalState, NodeAvailability, NodeRole, Platform,
@@ -28,6 +28,7 @@ use tonic::Status;
 
 use crate::address;
 use crate::config::{Args, File};
+use crate::found;
 use crate::manager::{Beginning, ManagerContext};
 use crate::member::Member;
 use crate::settings::Settings;
@@ -114,18 +115,14 @@ impl Node {
             &request.data_path_addr,
             Vec::new(),
         )?;
-        let new = ca::new_cluster(&ca::InitParams {
-            hostname: self.hostname.clone(),
-            availability: request.availability(),
-            addr: settings.advertise_addr.to_string(),
-            default_addr_pool: request.default_addr_pool,
-            subnet_size: request.default_addr_pool_mask_length,
-            data_path_port: request.data_path_port,
-            node_cert_expiry: request.node_cert_expiry,
-            heartbeat_period: request.heartbeat_period,
-            now: SystemTime::now(),
-        })
-        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let params = found::params(
+            &request,
+            &self.hostname,
+            settings.advertise_addr.to_string(),
+        )
+        .map_err(Status::invalid_argument)?;
+        let new = initial_transaction(&params, system_clock()())
+            .map_err(|error| internal(&error.into()))?;
         let data_key = DataKey::random();
         let identity =
             Identity::new(new.material.clone()).map_err(|error| internal(&error.into()))?;
