@@ -43,7 +43,7 @@ const OWN_SERVICES: &[&str] = &[
 fn main() -> ExitCode {
     // Containers' shims and the name server are this binary too, started again; they
     // must be single-threaded, so they come before everything else.
-    if let Some(code) = swarm_agent::reexec(std::env::args_os()) {
+    if let Some(code) = reexecuted() {
         return code;
     }
     let args = Args::parse();
@@ -178,4 +178,22 @@ fn runtime_config(args: &Args, file: &File) -> RuntimeConfig {
 /// This program, as long as it runs: also after the file was replaced by an upgrade.
 fn own_binary() -> PathBuf {
     std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"))
+}
+
+/// Does what a re-executed binary is for: `shim`, `exec-shim`, `names`.
+fn reexecuted() -> Option<ExitCode> {
+    if let Some(code) = swarm_agent::runtime::reexec() {
+        return Some(code);
+    }
+    let mut args = std::env::args_os().skip(1);
+    if args.next()? != "names" {
+        return None;
+    }
+    Some(match swarm_agent::network::names::names_main(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("swarmd names: {error}");
+            ExitCode::FAILURE
+        }
+    })
 }

@@ -1,0 +1,168 @@
+//! Nodes come, change their role, and go.
+
+use anyhow::{Context as _, Result, ensure};
+use swarm_tests::cluster::{Cluster, PATIENCE, busybox};
+use swarm_tests::lab::wait_until;
+
+#[test]
+fn a_promoted_worker_carries_the_cluster_and_a_demoted_manager_works_on() -> Result<()> {
+    let cluster = Cluster::up(3, 1)?;
+    cluster.service(
+        "h1",
+        "stay",
+        3,
+        &["--mode", "global", &busybox(), "sleep", "1000000"],
+    )?;
+    for host in ["h2", "h3"] {
+        let said = cluster.swarm("h1", &["node", "promote", host])?;
+        ensure!(
+            said.contains(&format!("Node {host} promoted to a manager in the swarm.")),
+            "{said}"
+        );
+        wait_manager(&cluster, "h1", host, true)?;
+    }
+    // Any of them answers, reads what another wrote, and writes.
+    cluster.swarm("h3", &["network", "create", "--driver", "overlay", "by-h3"])?;
+    ensure!(cluster.swarm("h2", &["network", "ls"])?.contains("by-h3"));
+    // The first one goes: the others carry on without it.
+    cluster.swarm("h2", &["node", "demote", "h1"])?;
+    wait_manager(&cluster, "h2", "h1", false)?;
+    cluster.swarm(
+        "h2",
+        &["network", "create", "--driver", "overlay", "without-h1"],
+    )?;
+    wait_until(PATIENCE, "the demoted node refuses to be asked", || {
+        let output = cluster.run("h1", &["swarm", "node", "ls"])?;
+        Ok(String::from_utf8_lossy(&output.stderr)
+            .contains("Worker nodes can't be used")
+            .then_some(()))
+    })?;
+    // Nobody's container was touched.
+    let tasks = cluster.wait_running("h2", "stay", 3)?;
+    ensure!(tasks.len() == 3, "{tasks:?}");
+    // Again a manager: with a new identity in the group, and everything it missed.
+    cluster.swarm("h2", &["node", "promote", "h1"])?;
+    wait_manager(&cluster, "h2", "h1", true)?;
+    wait_until(PATIENCE, "the new manager has caught up", || {
+        Ok(cluster
+            .swarm("h1", &["network", "ls"])?
+            .contains("without-h1")
+            .then_some(()))
+    })
+}
+
+#[test]
+fn what_would_lose_the_quorum_is_refused() -> Result<()> {
+    let mut cluster = Cluster::up(3, 3)?;
+    cluster.kill("h3")?;
+    wait_until(PATIENCE, "h3 is seen as unreachable", || {
+        Ok(cluster
+            .swarm(
+                "h1",
+                &["node", "ls", "--format", "{{.Hostname}} {{.ManagerStatus}}"],
+            )?
+            .contains("h3 Unreachable")
+            .then_some(()))
+    })?;
+    // Two of three are left: without another one, one of two could not decide.
+    let output = cluster.run("h1", &["swarm", "node", "demote", "h2"])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && stderr.contains("loss of quorum"),
+        "{stderr}"
+    );
+    // The dead one may go.
+    cluster.swarm("h1", &["node", "demote", "h3"])?;
+    wait_manager(&cluster, "h1", "h3", false)?;
+    cluster.swarm("h1", &["node", "rm", "--force", "h3"])?;
+    ensure!(cluster.swarm("h1", &["node", "ls", "-q"])?.lines().count() == 2);
+    Ok(())
+}
+
+#[test]
+fn a_node_that_left_can_be_removed_and_join_again() -> Result<()> {
+    let cluster = Cluster::up(2, 1)?;
+    cluster.swarm("h1", &["network", "create", "--driver", "overlay", "net"])?;
+    cluster.service(
+        "h1",
+        "web",
+        2,
+        &[
+            "--network",
+            "net",
+            "--replicas",
+            "2",
+            &busybox(),
+            "sleep",
+            "1000000",
+        ],
+    )?;
+    let said = cluster.swarm("h2", &["leave"])?;
+    ensure!(said.contains("Node left the swarm."), "{said}");
+    // Nothing of the swarm is left on it.
+    ensure!(
+        cluster.host_sh("h2", "ls /run/swarm/netns 2>/dev/null | wc -l; ip -o link | grep -c swarm || true; nft list tables | wc -l")?
+            == "0\n0\n0\n",
+        "{}",
+        cluster.host_sh("h2", "ls /run/swarm/netns; ip -o link; nft list ruleset")?
+    );
+    let tasks = cluster.wait_running("h1", "web", 2)?;
+    ensure!(tasks.iter().all(|task| task.node == "h1"), "{tasks:?}");
+    wait_until(PATIENCE, "the node that left is Down", || {
+        Ok(cluster
+            .swarm(
+                "h1",
+                &["node", "ls", "--format", "{{.Hostname}} {{.Status}}"],
+            )?
+            .contains("h2 Down")
+            .then_some(()))
+    })?;
+    cluster.swarm("h1", &["node", "rm", "h2"])?;
+    let token = cluster.swarm("h1", &["join-token", "-q", "worker"])?;
+    cluster.swarm("h2", &["join", "--token", token.trim(), "172.30.99.1:2377"])?;
+    cluster.wait_ready(PATIENCE)
+}
+
+#[test]
+fn drained_and_paused_nodes_get_no_tasks() -> Result<()> {
+    let cluster = Cluster::up(2, 1)?;
+    cluster.service(
+        "h1",
+        "web",
+        2,
+        &["--replicas", "2", &busybox(), "sleep", "1000000"],
+    )?;
+    cluster.swarm("h1", &["node", "update", "--availability", "drain", "h2"])?;
+    wait_until(PATIENCE, "all tasks have left h2", || {
+        let tasks = cluster.tasks("h1", "web")?;
+        Ok(
+            (tasks.len() == 2 && tasks.iter().all(|t| t.node == "h1" && t.state == "Running"))
+                .then_some(()),
+        )
+    })?;
+    cluster.swarm("h1", &["node", "update", "--availability", "active", "h2"])?;
+    cluster.swarm("h1", &["node", "update", "--availability", "pause", "h1"])?;
+    cluster.swarm("h1", &["service", "scale", "--detach", "web=4"])?;
+    let tasks = cluster.wait_running("h1", "web", 4)?;
+    ensure!(
+        tasks.iter().filter(|task| task.node == "h2").count() == 2,
+        "{tasks:?}"
+    );
+    Ok(())
+}
+
+fn wait_manager(cluster: &Cluster, asked: &str, host: &str, manager: bool) -> Result<()> {
+    wait_until(PATIENCE, &format!("{host} is a manager: {manager}"), || {
+        let listing = cluster.swarm(
+            asked,
+            &["node", "ls", "--format", "{{.Hostname}} {{.ManagerStatus}}"],
+        )?;
+        let line = listing
+            .lines()
+            .find(|line| line.starts_with(&format!("{host} ")))
+            .context("no such node")?;
+        let is = line.ends_with("Reachable") || line.ends_with("Leader");
+        let not = line.trim() == host;
+        Ok(if manager { is } else { not }.then_some(()))
+    })
+}
