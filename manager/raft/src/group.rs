@@ -604,7 +604,7 @@ impl Group {
     }
 
     /// Asks the leader, another one, to take this node out.
-    async fn ask_to_leave(&self) -> Result<(), MembershipError> {
+    pub(crate) async fn ask_to_leave(&self) -> Result<(), MembershipError> {
         let mut attempts = Attempts::new(CHANGE_PATIENCE);
         loop {
             let mut reason = "none is known".to_owned();

@@ -23,7 +23,7 @@ pub(crate) struct Membership {
     pub(crate) remotes: Vec<String>,
 }
 
-fn path(dir: &Path) -> PathBuf {
+pub(crate) fn path(dir: &Path) -> PathBuf {
     dir.join(FILE)
 }
 

@@ -6,7 +6,7 @@
 //! in yet, the entering; [`RaftNode::shutdown`] joins both.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -289,6 +289,24 @@ impl RaftNode {
         if let Some((runtime, _)) = &*self.running.lock() {
             let entering = self.group.clone().enter(remotes);
             self.tasks.spawn_on(entering, runtime.handle());
+        }
+    }
+
+    /// Whether the directory holds a member, to be started with [`RaftNode::start`].
+    #[must_use]
+    pub fn exists(dir: &Path) -> bool {
+        member::path(dir).exists()
+    }
+
+    /// Has this member taken out of the group; a leader hands leadership over first.
+    ///
+    /// # Errors
+    /// It is the last one, the group would lose its quorum, or no leader answers.
+    pub async fn leave(&self) -> Result<(), MembershipError> {
+        if self.group.raft.is_leader() {
+            self.group.remove_member(self.group.raft_id).await
+        } else {
+            self.group.ask_to_leave().await
         }
     }
 
