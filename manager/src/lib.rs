@@ -1,4 +1,8 @@
 //! Everything a manager decides.
+//!
+//! [`Manager`] puts the parts together: the services that every manager
+//! answers from its own replica, and the loops that run on the leader. It knows the raft
+//! group as a [`Consensus`] only, and touches neither disk nor kernel.
 
 pub mod ca;
 pub mod clock;
@@ -8,3 +12,100 @@ pub mod orchestrator;
 pub mod scheduler;
 #[cfg(test)]
 mod world;
+
+use std::sync::Arc;
+
+use swarm_identity::Identity;
+use swarm_proto::NodeId;
+use swarm_proto::v1::ca_server::CaServer;
+use swarm_store::Consensus;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::ca::CaService;
+use crate::clock::{Clock, system_clock};
+use crate::control::Control;
+use crate::leader::{Leader, deciding_loops};
+
+/// A request for a certificate is small; whoever sends more has no certificate yet.
+const CA_MESSAGE_MAX: usize = 64 << 10;
+
+/// What a manager is made of.
+#[derive(Clone)]
+pub struct ManagerConfig {
+    /// The raft group.
+    pub consensus: Arc<dyn Consensus>,
+    /// This manager's node.
+    pub node_id: NodeId,
+    /// Where it reads the time.
+    pub clock: Clock,
+}
+
+impl std::fmt::Debug for ManagerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ManagerConfig")
+            .field("node_id", &self.node_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ManagerConfig {
+    /// A manager with this identity, by the machine's clock.
+    #[must_use]
+    pub fn new(consensus: Arc<dyn Consensus>, identity: Arc<Identity>) -> Self {
+        Self {
+            consensus,
+            node_id: identity.node_id(),
+            clock: system_clock(),
+        }
+    }
+}
+
+/// A manager that runs.
+#[derive(Debug)]
+pub struct Manager {
+    routes: Routes,
+    leader: Leader,
+    stopping: CancellationToken,
+}
+
+impl Manager {
+    /// Starts the loops. Whether this manager leads is up to the raft group.
+    #[must_use]
+    pub fn start(config: ManagerConfig) -> Self {
+        let ManagerConfig {
+            consensus,
+            node_id,
+            clock,
+        } = config;
+        let stopping = CancellationToken::new();
+        let control = Control::new(
+            consensus.clone(),
+            node_id.clone(),
+            clock.clone(),
+            stopping.clone(),
+        );
+        let ca = CaService::new(consensus.clone(), node_id.clone(), clock.clone());
+        let routes = Routes::new(control.into_server())
+            .add_service(CaServer::new(ca).max_decoding_message_size(CA_MESSAGE_MAX));
+        let leader = Leader::start(consensus, node_id, clock, deciding_loops());
+        Self {
+            routes,
+            leader,
+            stopping,
+        }
+    }
+
+    /// The services of this crate. Who may call what is decided in a layer around them
+    /// ([`swarm_identity::AuthorizeLayer`] with [`ca::admission`]).
+    #[must_use]
+    pub fn routes(&self) -> Routes {
+        self.routes.clone()
+    }
+
+    /// Ends watches, sessions and loops; returns once the loops have ended.
+    pub async fn stop(self) {
+        self.stopping.cancel();
+        self.leader.stop().await;
+    }
+}

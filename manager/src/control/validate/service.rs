@@ -13,6 +13,7 @@ use swarm_proto::v1::{
 };
 
 use super::{ImageRef, Invalid, duration, text};
+use crate::scheduler::Spread;
 use crate::scheduler::constraint::Constraint;
 
 /// Largest spec, encoded. The spec is part of each of its tasks.
@@ -375,15 +376,7 @@ fn placement(placement: &Placement) -> Result<(), Invalid> {
             None => "",
         };
         text::line("placement preference", descriptor)?;
-        let label = ["node.labels.", "engine.labels."]
-            .iter()
-            .find_map(|prefix| descriptor.strip_prefix(prefix));
-        if label.is_none_or(str::is_empty) {
-            return Err(Invalid::argument(format!(
-                "invalid placement preference spread={}: expected node.labels.NAME or engine.labels.NAME",
-                text::quoted(descriptor)
-            )));
-        }
+        Spread::parse(descriptor).map_err(|error| Invalid::argument(error.to_string()))?;
     }
     text::count("platform", placement.platforms.len(), PARTS_MAX)?;
     for platform in &placement.platforms {
@@ -778,7 +771,7 @@ mod tests {
             })
         };
         assert_eq!(spread("node.labels.zone"), Ok(()));
-        assert!(text(spread("zone")).contains("spread=\"zone\""));
+        assert!(text(spread("zone")).contains("cannot spread over \"zone\""));
     }
 
     #[test]
