@@ -140,6 +140,11 @@ impl WriteBatch {
         self.writes.is_empty()
     }
 
+    /// A task that is assigned once more.
+    pub fn task(&mut self, task: &Task) {
+        self.put(format!("t/{}", task.id), task);
+    }
+
     /// How far a task is.
     pub fn record(&mut self, task: &TaskId, record: &TaskRecord) {
         self.put(format!("r/{task}"), record);

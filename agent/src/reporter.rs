@@ -40,6 +40,11 @@ impl Reporter {
         self.changed.notified().await;
     }
 
+    /// Has the waiter look again.
+    pub fn wake(&self) {
+        self.changed.notify_one();
+    }
+
     /// The next report of this session, if anything waits.
     pub fn next_report(&self) -> Option<StatusReport> {
         self.queue.lock().next_report()

@@ -7,6 +7,8 @@
 //! step fails, and treats "already there" and "already gone" as success.
 
 pub mod config;
+#[cfg(any(test, feature = "testing"))]
+pub mod fake;
 mod gateway;
 pub mod kernel;
 mod lb;

@@ -8,6 +8,8 @@ mod cgroup;
 mod engine;
 mod exec;
 mod execshim;
+#[cfg(any(test, feature = "testing"))]
+pub mod fake;
 mod follow;
 mod layer;
 mod logfile;
@@ -27,7 +29,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::Stream;
 use swarm_proto::TaskId;
-use swarm_proto::v1::{ContainerSpec, RegistryAuth, ResourceRequirements};
+use swarm_proto::v1::{ContainerSpec, HealthConfig, RegistryAuth, ResourceRequirements};
 
 /// Everything needed to make one container. Its ID is the task's.
 #[derive(Clone, Debug)]
@@ -200,6 +202,12 @@ pub struct ExecSession {
 pub trait Runtime: Send + Sync + 'static {
     /// Makes the image present on this node. Returns its config digest.
     async fn pull(&self, image: &str, auth: Option<&RegistryAuth>) -> Result<String, RuntimeError>;
+
+    /// The health check that a present image comes with; none unless the implementation reads images.
+    async fn image_health(&self, image: &str) -> Result<Option<HealthConfig>, RuntimeError> {
+        let _ = image;
+        Ok(None)
+    }
 
     /// Makes the container, ready to start. The image is present.
     async fn create(&self, config: &ContainerConfig) -> Result<(), RuntimeError>;
