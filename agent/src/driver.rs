@@ -110,7 +110,7 @@ enum Done {
 /// What follows when the record is on disk.
 enum AfterSave {
     Start,
-    Finish(TaskStatus),
+    Finish(Box<TaskStatus>),
 }
 
 struct Driver {
@@ -158,7 +158,7 @@ pub(crate) async fn drive(
         after_save: Vec::new(),
     };
     driver.show();
-    let actions = driver.machine.next();
+    let actions = driver.machine.steps();
     driver.perform_all(actions);
     loop {
         if driver.machine.is_forgotten() {
@@ -224,7 +224,7 @@ impl Driver {
             (AfterSave::Start, Err(failure)) => Event::SaveFailed(failure.clone()),
             (AfterSave::Finish(status), _) => {
                 // The managers must know, even when the disk does not.
-                self.report(status);
+                self.report(*status);
                 Event::Finished
             }
         };
@@ -279,7 +279,7 @@ impl Driver {
             Action::Finish(status) => {
                 self.release_image();
                 self.dirty = true;
-                self.after_save.push(AfterSave::Finish(status));
+                self.after_save.push(AfterSave::Finish(Box::new(status)));
                 self.save();
             }
             Action::CancelPrepare => self.prepare.cancel(),
@@ -425,7 +425,7 @@ impl Driver {
         let mut record = self.machine.record();
         for next in &after {
             if let AfterSave::Finish(status) = next {
-                record.status = Some(status.clone());
+                record.status = Some(status.as_ref().clone());
             }
         }
         let mut batch = WriteBatch::default();

@@ -357,7 +357,7 @@ impl Machine {
                     self.status.err = format!("task: its container does not stop: {text}");
                     self.status.reason = Some(reason("stop-stuck", &self.id, &self.status.err));
                     let mut actions = vec![Action::Report(self.status.clone())];
-                    actions.extend(self.next());
+                    actions.extend(self.steps());
                     return actions;
                 }
             }
@@ -371,19 +371,19 @@ impl Machine {
             Event::ContainerRemoved => self.container = Cont::Absent,
             Event::Forgotten => self.forgotten = true,
         }
-        self.next()
+        self.steps()
     }
 
     fn run_and_go_on(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
         self.status.healthy = true;
         self.report(TaskState::Running, "started", &mut actions);
-        actions.extend(self.next());
+        actions.extend(self.steps());
         actions
     }
 
     /// The steps that follow from what is known now.
-    pub fn next(&mut self) -> Vec<Action> {
+    pub fn steps(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
         let unwanted = self.removed || self.desired >= TaskState::Shutdown as i32;
         if unwanted && self.ending.is_none() && !terminal(&self.status) {
