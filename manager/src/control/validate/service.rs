@@ -323,10 +323,11 @@ fn health(check: &HealthConfig) -> Result<(), Invalid> {
 }
 
 fn resource_requirements(requirements: &ResourceRequirements) -> Result<(), Invalid> {
-    for part in [&requirements.limits, &requirements.reservations] {
-        if let Some(part) = part {
-            resources(part)?;
-        }
+    for part in [&requirements.limits, &requirements.reservations]
+        .into_iter()
+        .flatten()
+    {
+        resources(part)?;
     }
     if requirements.pids_limit < 0 {
         return Err(Invalid::argument(
