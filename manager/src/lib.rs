@@ -7,6 +7,7 @@
 pub mod ca;
 pub mod clock;
 pub mod control;
+pub mod dispatcher;
 pub mod leader;
 pub mod orchestrator;
 pub mod scheduler;

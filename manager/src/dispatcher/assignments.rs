@@ -1,0 +1,457 @@
+//! What a node must hold, and how that changes with the state.
+//!
+//! Pure. A node holds its tasks from ASSIGNED until they have ended; each
+//! network that one of them is on; and for each such network the rows of all
+//! its endpoints and services, wherever they are. What a batch of changes does
+//! to tasks and tables is worked out once ([`Delta`]); a node's [`AssignmentSet`]
+//! then picks what concerns it. Nothing is rescanned but a network that is new to a node.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use ipnet::Ipv4Net;
+use prost::Message as _;
+use swarm_proto::task_state::is_terminal;
+use swarm_proto::v1::assignment_change::Change as Kind;
+use swarm_proto::v1::{
+    AssignmentChange, Assignments, AssignmentsType, EndpointEntry, EndpointKey, Network, Service,
+    ServiceEntry, ServiceKey, Task, TaskState, TaskStatus,
+};
+use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
+use swarm_store::{Change, Event, State};
+
+/// Encoded bytes of the changes in one message, if no single change is larger.
+const MESSAGE_BYTES: usize = 500 << 10;
+
+/// Changes that several nodes get.
+pub type Shared = Arc<[AssignmentChange]>;
+
+fn change(kind: Kind) -> AssignmentChange {
+    AssignmentChange { change: Some(kind) }
+}
+
+fn state_of(task: &Task) -> TaskState {
+    task.status
+        .as_ref()
+        .map_or(TaskState::New, TaskStatus::state)
+}
+
+/// Whether the task is its node's business now.
+fn is_assigned(task: &Task) -> bool {
+    let state = state_of(task);
+    !task.node_id.is_empty() && state >= TaskState::Assigned && !is_terminal(state)
+}
+
+fn networks_of(task: &Task) -> impl Iterator<Item = NetworkId> {
+    let attachments = task.networks.iter();
+    attachments.map(|attachment| NetworkId::from(&attachment.network_id))
+}
+
+// --- Rows ------------------------------------------------------------------------
+
+/// The row of a task in the table of a network; `None` if it has none.
+fn endpoint(state: &State, network: &Network, task: &Task) -> Option<EndpointEntry> {
+    if !is_assigned(task) {
+        return None;
+    }
+    let mut attachments = task.networks.iter();
+    let attachment = attachments.find(|attachment| attachment.network_id == network.id)?;
+    let addr = attachment.addresses.first()?;
+    let node = state.node(&task.node_id)?.description.as_ref()?;
+    if node.data_path_addr.is_empty() {
+        return None;
+    }
+    let wanted = task.desired_state <= TaskState::Running as i32;
+    let healthy = task.status.as_ref().is_some_and(|status| status.healthy);
+    Some(EndpointEntry {
+        network_id: network.id.clone(),
+        task_id: task.id.clone(),
+        service_id: task.service_id.clone(),
+        slot: task.slot,
+        node_id: task.node_id.clone(),
+        addr: addr.clone(),
+        vtep: node.data_path_addr.clone(),
+        aliases: attachment.aliases.clone(),
+        vni: vni_of(network, addr),
+        ready: wanted && healthy && state_of(task) == TaskState::Running,
+        draining: !wanted,
+    })
+}
+
+/// The VNI of the subnet that the address is in.
+fn vni_of(network: &Network, addr: &str) -> u32 {
+    let plain = addr.split_once('/').map_or(addr, |(plain, _)| plain);
+    let Ok(addr) = plain.parse::<Ipv4Addr>() else {
+        return 0;
+    };
+    let holds = |text: &str| text.parse::<Ipv4Net>().is_ok_and(|net| net.contains(&addr));
+    let mut subnets = network.subnets.iter();
+    let subnet =
+        subnets.find(|subnet| subnet.pool.as_ref().is_some_and(|pool| holds(&pool.subnet)));
+    subnet.map_or(0, |subnet| subnet.vni)
+}
+
+/// The row of a service in the table of a network; `None` if it has none.
+fn service_row(network: &str, service: &Service) -> Option<ServiceEntry> {
+    let spec = service.spec.as_ref()?;
+    let mut attachments = spec.task.iter().flat_map(|task| &task.networks);
+    let attachment = attachments.find(|attachment| attachment.target == network)?;
+    let mut vips = service
+        .endpoint
+        .iter()
+        .flat_map(|endpoint| &endpoint.virtual_ips);
+    let vip = vips
+        .find(|vip| vip.network_id == network)
+        .map(|vip| vip.addr.as_str());
+    let plain = |addr: &str| {
+        addr.split_once('/')
+            .map_or(addr, |(plain, _)| plain)
+            .to_owned()
+    };
+    Some(ServiceEntry {
+        network_id: network.to_owned(),
+        service_id: service.id.clone(),
+        name: spec
+            .annotations
+            .as_ref()
+            .map_or_else(String::new, |named| named.name.clone()),
+        vip: vip.map_or_else(String::new, plain),
+        aliases: attachment.aliases.clone(),
+    })
+}
+
+fn endpoint_at(state: &State, network: &str, task: &str) -> Option<EndpointEntry> {
+    endpoint(state, state.network(network)?, state.task(task)?)
+}
+
+fn service_at(state: &State, network: &str, service: &str) -> Option<ServiceEntry> {
+    service_row(network, state.service(service)?)
+}
+
+/// The network with all its rows.
+fn table(state: &State, network: &NetworkId) -> Vec<AssignmentChange> {
+    let Some(object) = state.network(network) else {
+        return Vec::new();
+    };
+    let services = state.services_on_network(network);
+    let services = services.filter_map(|service| service_row(network, service));
+    let endpoints = state.tasks_on_network(network);
+    let endpoints = endpoints.filter_map(|task| endpoint(state, object, task));
+    std::iter::once(Kind::Network((**object).clone()))
+        .chain(services.map(Kind::Service))
+        .chain(endpoints.map(Kind::Endpoint))
+        .map(change)
+        .collect()
+}
+
+// --- What changes do ---------------------------------------------------------------
+
+/// A task as it was held and as it is to be held; `None` = not.
+type TaskChange = (Option<Arc<Task>>, Option<Arc<Task>>);
+
+/// What a batch of changes does to assignments, worked out once for all nodes.
+#[derive(Debug)]
+pub struct Delta {
+    next: Arc<State>,
+    /// Per node: its tasks as they were held and as they are to be held.
+    tasks: BTreeMap<NodeId, Vec<TaskChange>>,
+    /// Per network: changes to it and its rows.
+    tables: BTreeMap<NetworkId, Shared>,
+    /// Whole tables for nodes to which the network is new.
+    whole: RefCell<HashMap<NetworkId, Shared>>,
+}
+
+impl Delta {
+    /// From `prior` over all of `changes`, which follow it.
+    #[must_use]
+    pub fn new(prior: &State, changes: &[Change]) -> Option<Self> {
+        let next = changes.last()?.state.clone();
+        let mut tasks = BTreeSet::new();
+        let mut networks = BTreeSet::new();
+        let mut endpoints = BTreeSet::new();
+        let mut services = BTreeSet::new();
+        for event in changes.iter().flat_map(|change| change.events.iter()) {
+            match event {
+                Event::Task { old, new } => {
+                    for task in old.iter().chain(new) {
+                        tasks.insert(TaskId::from(&task.id));
+                        endpoints.extend(networks_of(task).map(|n| (n, TaskId::from(&task.id))));
+                    }
+                }
+                Event::Service { old, new } => {
+                    for service in old.iter().chain(new) {
+                        let spec = service.spec.as_ref().and_then(|spec| spec.task.as_ref());
+                        let on = spec.into_iter().flat_map(|spec| &spec.networks);
+                        let id = ServiceId::from(&service.id);
+                        services.extend(on.map(|n| (NetworkId::from(&n.target), id.clone())));
+                    }
+                }
+                Event::Network { old, new } => {
+                    let of = old.iter().chain(new);
+                    networks.extend(of.map(|network| NetworkId::from(&network.id)));
+                }
+                Event::Node { old, new } => {
+                    let vtep = |node: &swarm_proto::v1::Node| {
+                        node.description
+                            .as_ref()
+                            .map(|known| known.data_path_addr.clone())
+                    };
+                    if old.as_deref().map(vtep) == new.as_deref().map(vtep) {
+                        continue;
+                    }
+                    for task in next.tasks_on_node(event.id()) {
+                        endpoints.extend(networks_of(task).map(|n| (n, TaskId::from(&task.id))));
+                    }
+                }
+                Event::Cluster { .. } => {}
+            }
+        }
+        let mut by_node: BTreeMap<NodeId, Vec<_>> = BTreeMap::new();
+        for id in tasks {
+            let held = |state: &State| state.task(&id).filter(|task| is_assigned(task)).cloned();
+            let (before, after) = (held(prior), held(&next));
+            let node = after
+                .as_ref()
+                .or(before.as_ref())
+                .map(|task| NodeId::from(&task.node_id));
+            if let Some(node) = node {
+                by_node.entry(node).or_default().push((before, after));
+            }
+        }
+        let mut tables: BTreeMap<NetworkId, Vec<AssignmentChange>> = BTreeMap::new();
+        for id in networks {
+            if let Some(network) = next.network(&id)
+                && prior.network(&id).is_some_and(|before| before != network)
+            {
+                let network = change(Kind::Network((**network).clone()));
+                tables.entry(id).or_default().push(network);
+            }
+        }
+        for (network_id, service_id) in services {
+            let after = service_at(&next, &network_id, &service_id);
+            if after == service_at(prior, &network_id, &service_id) {
+                continue;
+            }
+            let kind = after.map_or_else(
+                || {
+                    Kind::RemoveService(ServiceKey {
+                        network_id: network_id.to_string(),
+                        service_id: service_id.to_string(),
+                    })
+                },
+                Kind::Service,
+            );
+            tables.entry(network_id).or_default().push(change(kind));
+        }
+        for (network_id, task_id) in endpoints {
+            let after = endpoint_at(&next, &network_id, &task_id);
+            if after == endpoint_at(prior, &network_id, &task_id) {
+                continue;
+            }
+            let kind = after.map_or_else(
+                || {
+                    Kind::RemoveEndpoint(EndpointKey {
+                        network_id: network_id.to_string(),
+                        task_id: task_id.to_string(),
+                    })
+                },
+                Kind::Endpoint,
+            );
+            tables.entry(network_id).or_default().push(change(kind));
+        }
+        Some(Self {
+            next,
+            tasks: by_node,
+            tables: tables
+                .into_iter()
+                .map(|(id, rows)| (id, rows.into()))
+                .collect(),
+            whole: RefCell::default(),
+        })
+    }
+
+    /// The state after the changes.
+    #[must_use]
+    pub fn state(&self) -> &Arc<State> {
+        &self.next
+    }
+
+    /// Nodes whose own tasks have changed.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeId> {
+        self.tasks.keys()
+    }
+
+    /// Networks whose tables have changed.
+    pub fn networks(&self) -> impl Iterator<Item = &NetworkId> {
+        self.tables.keys()
+    }
+
+    fn whole(&self, network: &NetworkId) -> Shared {
+        let mut whole = self.whole.borrow_mut();
+        let table = whole
+            .entry(network.clone())
+            .or_insert_with(|| table(&self.next, network).into());
+        table.clone()
+    }
+}
+
+/// What one node holds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AssignmentSet {
+    node_id: NodeId,
+    /// How many of its tasks are on each network.
+    networks: BTreeMap<NetworkId, usize>,
+}
+
+/// How a node's set changes.
+#[derive(Debug, Default)]
+pub struct Advance {
+    /// In this order.
+    pub changes: Vec<Shared>,
+    /// Networks that are new to the node.
+    pub gained: Vec<NetworkId>,
+    /// Networks that it no longer holds.
+    pub lost: Vec<NetworkId>,
+}
+
+impl AssignmentSet {
+    /// What the node must hold in this state.
+    #[must_use]
+    pub fn of(state: &State, node_id: &NodeId) -> Self {
+        let mut networks = BTreeMap::new();
+        for task in state
+            .tasks_on_node(node_id)
+            .filter(|task| is_assigned(task))
+        {
+            for network in networks_of(task) {
+                *networks.entry(network).or_insert(0) += 1;
+            }
+        }
+        Self {
+            node_id: node_id.clone(),
+            networks,
+        }
+    }
+
+    /// All of what the node must hold in this state, as changes to nothing.
+    #[must_use]
+    pub fn complete(state: &State, node_id: &NodeId) -> Vec<AssignmentChange> {
+        let set = Self::of(state, node_id);
+        let tables = set
+            .networks
+            .keys()
+            .flat_map(|network| table(state, network));
+        let tasks = state
+            .tasks_on_node(node_id)
+            .filter(|task| is_assigned(task));
+        tables
+            .chain(tasks.map(|task| change(Kind::Task((**task).clone()))))
+            .collect()
+    }
+
+    /// The networks that the node holds.
+    pub fn networks(&self) -> impl Iterator<Item = &NetworkId> {
+        self.networks.keys()
+    }
+
+    /// Takes in a delta that starts from the state that the set was last true of.
+    pub fn advance(&mut self, delta: &Delta) -> Advance {
+        let mut advance = Advance::default();
+        let mut own = Vec::new();
+        let before: BTreeSet<NetworkId> = match delta.tasks.contains_key(&self.node_id) {
+            true => self.networks.keys().cloned().collect(),
+            false => BTreeSet::new(),
+        };
+        for (old, new) in delta.tasks.get(&self.node_id).into_iter().flatten() {
+            for network in new.iter().flat_map(|task| networks_of(task)) {
+                *self.networks.entry(network).or_insert(0) += 1;
+            }
+            for network in old.iter().flat_map(|task| networks_of(task)) {
+                if let Some(count) = self.networks.get_mut(&network) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.networks.remove(&network);
+                    }
+                }
+            }
+            match (old, new) {
+                (Some(old), Some(new)) if same_work(old, new) => {}
+                (_, Some(new)) => own.push(change(Kind::Task((**new).clone()))),
+                (Some(old), None) => own.push(change(Kind::RemoveTask(old.id.clone()))),
+                (None, None) => {}
+            }
+        }
+        if delta.tasks.contains_key(&self.node_id) {
+            for network in self
+                .networks
+                .keys()
+                .filter(|network| !before.contains(*network))
+            {
+                advance.gained.push(network.clone());
+                advance.changes.push(delta.whole(network));
+            }
+            for network in before
+                .into_iter()
+                .filter(|id| !self.networks.contains_key(id))
+            {
+                own.push(change(Kind::RemoveNetwork(network.to_string())));
+                advance.lost.push(network);
+            }
+        }
+        for (network, rows) in &delta.tables {
+            if self.networks.contains_key(network) && !advance.gained.contains(network) {
+                advance.changes.push(rows.clone());
+            }
+        }
+        if !own.is_empty() {
+            advance.changes.push(own.into());
+        }
+        advance
+    }
+}
+
+/// Whether the agent has nothing to do about the difference: it knows its own
+/// reports, and versions mean nothing to it.
+fn same_work(old: &Task, new: &Task) -> bool {
+    old.desired_state == new.desired_state
+        && old.not_before == new.not_before
+        && old.networks == new.networks
+        && old.endpoint == new.endpoint
+        && old.service_annotations == new.service_annotations
+        && old.spec == new.spec
+}
+
+// --- Messages ------------------------------------------------------------------------
+
+/// Cuts changes into messages of a bounded size; at least one.
+pub fn messages(
+    kind: AssignmentsType,
+    applies_to: u64,
+    results_in: u64,
+    changes: impl IntoIterator<Item = AssignmentChange>,
+) -> Vec<Assignments> {
+    let empty = || Assignments {
+        r#type: kind.into(),
+        applies_to,
+        results_in,
+        more: true,
+        changes: Vec::new(),
+    };
+    let mut messages = Vec::new();
+    let (mut current, mut size) = (empty(), 0);
+    for change in changes {
+        // With its tag and length.
+        let length = change.encoded_len() + 6;
+        if size + length > MESSAGE_BYTES && !current.changes.is_empty() {
+            messages.push(std::mem::replace(&mut current, empty()));
+            size = 0;
+        }
+        size += length;
+        current.changes.push(change);
+    }
+    current.more = false;
+    messages.push(current);
+    messages
+}

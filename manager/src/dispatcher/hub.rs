@@ -1,0 +1,437 @@
+//! Follows the store and hands every session its part of each change.
+//!
+//! One loop owns the registry of sessions. A batch of changes is worked out
+//! once; only sessions that it concerns are touched. A session's queue is
+//! bounded: one that does not keep up is ended, and its agent starts again
+//! with a complete set. Nothing here waits for a session.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use swarm_proto::v1::{ManagerPeer, Node, SessionInfo};
+use swarm_proto::{NetworkId, NodeId, SessionId, defaults};
+use swarm_store::{Change, Consensus, Event, State, Store, Watch, WatchError};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use super::assignments::{AssignmentSet, Delta, Shared};
+
+/// Updates that a session may be behind before it is ended.
+const SESSION_QUEUE: usize = 1024;
+/// Sessions that wait to be registered.
+const COMMANDS: usize = 256;
+/// Changes that are worked out together.
+const BATCH: usize = 512;
+
+/// Something for a session to send.
+#[derive(Debug)]
+pub(super) enum Update {
+    /// All of the node's set in this state.
+    Complete(Arc<State>),
+    /// A change to the set.
+    Incremental {
+        applies_to: u64,
+        results_in: u64,
+        changes: Vec<Shared>,
+    },
+    /// The node itself or the managers have changed.
+    Info(Box<SessionInfo>),
+    /// Committed up to this sequence.
+    StatusAck(u64),
+}
+
+/// A session as it is registered.
+#[derive(Debug)]
+pub(super) struct Registered {
+    /// As of the complete set; changes follow.
+    pub(super) info: SessionInfo,
+    pub(super) updates: mpsc::Receiver<Update>,
+    /// For what else goes to the session, in order with the rest.
+    pub(super) queue: mpsc::Sender<Update>,
+    /// Why the hub ends the session.
+    pub(super) ended: oneshot::Receiver<Status>,
+}
+
+enum Command {
+    Open {
+        node_id: NodeId,
+        session_id: SessionId,
+        reply: oneshot::Sender<Registered>,
+    },
+    Close {
+        node_id: NodeId,
+        session_id: SessionId,
+    },
+}
+
+/// Where sessions register.
+#[derive(Clone, Debug)]
+pub(super) struct Hub {
+    commands: mpsc::Sender<Command>,
+}
+
+impl Hub {
+    /// Registers a session; an older one of the same node is ended. The first
+    /// update is the complete set.
+    pub(super) async fn open(
+        &self,
+        node_id: NodeId,
+        session_id: SessionId,
+    ) -> Result<Registered, Status> {
+        let (reply, registered) = oneshot::channel();
+        let command = Command::Open {
+            node_id,
+            session_id,
+            reply,
+        };
+        let stopping = || Status::unavailable("the manager is stopping");
+        self.commands.send(command).await.map_err(|_| stopping())?;
+        registered.await.map_err(|_| stopping())
+    }
+
+    /// The session is over.
+    pub(super) async fn close(&self, node_id: NodeId, session_id: SessionId) {
+        let command = Command::Close {
+            node_id,
+            session_id,
+        };
+        // When the hub has ended, so have its registrations.
+        let _ = self.commands.send(command).await;
+    }
+}
+
+/// The registry and its loop.
+pub(super) fn hub(
+    consensus: Arc<dyn Consensus>,
+    cancel: CancellationToken,
+) -> (Hub, impl Future<Output = ()> + Send) {
+    let (commands, received) = mpsc::channel(COMMANDS);
+    let (state, watch) = consensus.store().watch();
+    let registry = Registry {
+        state,
+        sessions: HashMap::new(),
+        holders: HashMap::new(),
+    };
+    (
+        Hub { commands },
+        run(consensus, registry, watch, received, cancel),
+    )
+}
+
+async fn run(
+    consensus: Arc<dyn Consensus>,
+    mut registry: Registry,
+    mut watch: Watch,
+    mut commands: mpsc::Receiver<Command>,
+    cancel: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            command = commands.recv() => match command {
+                Some(command) => registry.obey(command),
+                None => return,
+            },
+            change = watch.next() => {
+                let changes = change.and_then(|first| drain(first, &mut watch));
+                match changes {
+                    Ok(changes) => registry.follow(&changes),
+                    Err(WatchError::Lagged { .. }) => {
+                        tracing::warn!("the dispatcher was too slow; all sessions start again from complete sets");
+                        watch = registry.start_again(consensus.store());
+                    }
+                    Err(WatchError::Closed) => return,
+                }
+            }
+        }
+    }
+}
+
+fn drain(first: Change, watch: &mut Watch) -> Result<Vec<Change>, WatchError> {
+    let mut changes = vec![first];
+    while changes.len() < BATCH
+        && let Some(change) = watch.try_next()?
+    {
+        changes.push(change);
+    }
+    Ok(changes)
+}
+
+struct Registry {
+    /// What all sets are true of.
+    state: Arc<State>,
+    sessions: HashMap<NodeId, Entry>,
+    /// Nodes with a session that hold each network.
+    holders: HashMap<NetworkId, BTreeSet<NodeId>>,
+}
+
+struct Entry {
+    session_id: SessionId,
+    set: AssignmentSet,
+    /// Revision that was sent last.
+    revision: u64,
+    queue: mpsc::Sender<Update>,
+    end: oneshot::Sender<Status>,
+}
+
+impl Registry {
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Open {
+                node_id,
+                session_id,
+                reply,
+            } => self.open(node_id, session_id, reply),
+            Command::Close {
+                node_id,
+                session_id,
+            } => {
+                let current = self.sessions.get(&node_id);
+                if current.is_some_and(|entry| entry.session_id == session_id) {
+                    self.forget(&node_id);
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, node_id: NodeId, session_id: SessionId, reply: oneshot::Sender<Registered>) {
+        self.end(
+            &node_id,
+            Status::aborted("a newer session of this node has begun"),
+        );
+        let (queue, updates) = mpsc::channel(SESSION_QUEUE);
+        let (end, ended) = oneshot::channel();
+        let set = AssignmentSet::of(&self.state, &node_id);
+        for network in set.networks() {
+            self.holders
+                .entry(network.clone())
+                .or_default()
+                .insert(node_id.clone());
+        }
+        let entry = Entry {
+            session_id,
+            set,
+            revision: self.state.index(),
+            queue: queue.clone(),
+            end,
+        };
+        // The queue is empty: it fits.
+        let _ = queue.try_send(Update::Complete(self.state.clone()));
+        let registered = Registered {
+            info: session_info(&self.state, &node_id),
+            updates,
+            queue,
+            ended,
+        };
+        if reply.send(registered).is_ok() {
+            self.sessions.insert(node_id, entry);
+        } else {
+            // Nobody waits for it any more.
+            for network in entry.set.networks() {
+                release(&mut self.holders, network, &node_id);
+            }
+        }
+    }
+
+    /// Takes a session out of the registry.
+    fn forget(&mut self, node_id: &NodeId) -> Option<Entry> {
+        let entry = self.sessions.remove(node_id)?;
+        for network in entry.set.networks() {
+            release(&mut self.holders, network, node_id);
+        }
+        Some(entry)
+    }
+
+    fn end(&mut self, node_id: &NodeId, why: Status) {
+        if let Some(entry) = self.forget(node_id) {
+            // It may have ended by itself meanwhile.
+            let _ = entry.end.send(why);
+        }
+    }
+
+    fn follow(&mut self, changes: &[Change]) {
+        let prior = self.state.clone();
+        let Some(delta) = Delta::new(&prior, changes) else {
+            return;
+        };
+        self.state = delta.state().clone();
+        let mut concerned: BTreeSet<NodeId> = delta.nodes().cloned().collect();
+        for network in delta.networks() {
+            concerned.extend(self.holders.get(network).into_iter().flatten().cloned());
+        }
+        for node_id in concerned {
+            self.advance(node_id, &delta);
+        }
+        self.inform(&prior, changes);
+    }
+
+    fn advance(&mut self, node_id: NodeId, delta: &Delta) {
+        let Some(entry) = self.sessions.get_mut(&node_id) else {
+            return;
+        };
+        let advance = entry.set.advance(delta);
+        for network in advance.gained {
+            self.holders
+                .entry(network)
+                .or_default()
+                .insert(node_id.clone());
+        }
+        for network in &advance.lost {
+            release(&mut self.holders, network, &node_id);
+        }
+        if advance.changes.is_empty() {
+            return;
+        }
+        let results_in = delta.state().index();
+        let update = Update::Incremental {
+            applies_to: std::mem::replace(&mut entry.revision, results_in),
+            results_in,
+            changes: advance.changes,
+        };
+        self.send(&node_id, update);
+    }
+
+    fn send(&mut self, node_id: &NodeId, update: Update) {
+        let Some(entry) = self.sessions.get(node_id) else {
+            return;
+        };
+        match entry.queue.try_send(update) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                tracing::warn!(node = %node_id, "the agent does not keep up; ending its session");
+                self.end(
+                    node_id,
+                    Status::resource_exhausted("the agent does not keep up"),
+                );
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                self.forget(node_id);
+            }
+        }
+    }
+
+    /// Tells sessions what they must know of nodes and managers.
+    fn inform(&mut self, prior: &State, changes: &[Change]) {
+        let mut nodes = BTreeSet::new();
+        let mut everyone = false;
+        for event in changes.iter().flat_map(|change| change.events.iter()) {
+            match event {
+                Event::Node { old, new } => {
+                    nodes.insert(NodeId::from(event.id()));
+                    let manager = |node: &Option<Arc<Node>>| {
+                        let status = node.as_ref()?.manager_status.as_ref()?;
+                        Some(status.addr.clone())
+                    };
+                    everyone |= manager(old) != manager(new);
+                }
+                Event::Cluster { .. } => {
+                    let shared = |state: &State| {
+                        let cluster = state.cluster().cloned();
+                        cluster.map(|c| (root_of(&c), c.data_path_port))
+                    };
+                    everyone |= shared(prior) != shared(&self.state);
+                }
+                _ => {}
+            }
+        }
+        for node_id in &nodes {
+            if self.state.node(node_id).is_none() {
+                self.end(node_id, removed(node_id));
+            }
+        }
+        if everyone {
+            nodes = self.sessions.keys().cloned().collect();
+        }
+        for node_id in nodes
+            .iter()
+            .filter(|id| self.sessions.contains_key(*id))
+            .cloned()
+            .collect::<Vec<_>>()
+        {
+            let own = |state: &State| {
+                state
+                    .node(&node_id)
+                    .map(|node| (node.spec.clone(), node.role))
+            };
+            if everyone || own(prior) != own(&self.state) {
+                let info = session_info(&self.state, &node_id);
+                self.send(&node_id, Update::Info(Box::new(info)));
+            }
+        }
+    }
+
+    /// Changes were lost: everyone gets a complete set.
+    fn start_again(&mut self, store: &Store) -> Watch {
+        let (state, watch) = store.watch();
+        self.state = state;
+        self.holders.clear();
+        for node_id in self.sessions.keys().cloned().collect::<Vec<_>>() {
+            if self.state.node(&node_id).is_none() {
+                self.end(&node_id, removed(&node_id));
+                continue;
+            }
+            if let Some(entry) = self.sessions.get_mut(&node_id) {
+                entry.set = AssignmentSet::of(&self.state, &node_id);
+                entry.revision = self.state.index();
+                for network in entry.set.networks() {
+                    self.holders
+                        .entry(network.clone())
+                        .or_default()
+                        .insert(node_id.clone());
+                }
+            }
+            self.send(
+                &node_id,
+                Update::Info(Box::new(session_info(&self.state, &node_id))),
+            );
+            self.send(&node_id, Update::Complete(self.state.clone()));
+        }
+        watch
+    }
+}
+
+fn release(holders: &mut HashMap<NetworkId, BTreeSet<NodeId>>, network: &NetworkId, node: &NodeId) {
+    if let Some(nodes) = holders.get_mut(network) {
+        nodes.remove(node);
+        if nodes.is_empty() {
+            holders.remove(network);
+        }
+    }
+}
+
+/// What an agent is told whose node is no longer there.
+pub(super) fn removed(node_id: &NodeId) -> Status {
+    Status::permission_denied(format!("node {node_id} has been removed from the cluster"))
+}
+
+fn root_of(cluster: &swarm_proto::v1::Cluster) -> bytes::Bytes {
+    cluster
+        .root_ca
+        .as_ref()
+        .map_or_else(bytes::Bytes::new, |root| root.cert_pem.clone())
+}
+
+/// What a session must know beside its assignments.
+fn session_info(state: &State, node_id: &NodeId) -> SessionInfo {
+    let mut managers = BTreeMap::new();
+    for node in state.nodes() {
+        if let Some(status) = &node.manager_status {
+            managers.insert(node.id.clone(), status.addr.clone());
+        }
+    }
+    let cluster = state.cluster();
+    let port = cluster.map_or(0, |cluster| cluster.data_path_port);
+    SessionInfo {
+        node: state.node(node_id).map(|node| (**node).clone()),
+        managers: managers
+            .into_iter()
+            .map(|(node_id, addr)| ManagerPeer { node_id, addr })
+            .collect(),
+        root_ca_pem: cluster.map_or_else(bytes::Bytes::new, |cluster| root_of(cluster)),
+        data_path_port: match port {
+            0 => defaults::DATA_PATH_PORT.into(),
+            port => port,
+        },
+    }
+}

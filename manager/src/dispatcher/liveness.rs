@@ -1,0 +1,579 @@
+//! Which nodes are alive: what each manager hears, and what the leader concludes.
+//!
+//! Every manager collects whom its sessions heard and reports it to the leader
+//! once per heartbeat period, and at once when a session opens or a node says
+//! goodbye. The leader marks a node DOWN that nobody has heard for a grace
+//! period, and READY again when it is heard. [`Tracker`] decides, on a monotonic
+//! clock that is handed in; the loops here only carry messages and proposals.
+//! Sessions, tasks and tables are never touched from here.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use swarm_identity::Caller;
+use swarm_proto::NodeId;
+use swarm_proto::defaults::{HEARTBEAT, HEARTBEATS_MISSED};
+use swarm_proto::v1::liveness_client::LivenessClient;
+use swarm_proto::v1::liveness_server;
+use swarm_proto::v1::{
+    LivenessAck, LivenessReport, NodeObservation, NodeRole, NodeState, NodeStatus, StoreAction,
+    store_action,
+};
+use swarm_store::{Consensus, Leadership, State};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+
+use crate::clock::span;
+use crate::leader::{ACTIONS_MAX, Fed, Feed, LeaderLoop, LoopContext};
+
+/// Makes a connection to the manager at host:port, without waiting for it.
+pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
+
+/// Nodes in one report; more than a cluster has.
+const REPORT_MAX: usize = 100_000;
+/// What a node is told in its status when nobody hears it.
+const SILENT: &str = "heartbeat failure";
+/// What it is told when it has said goodbye.
+const LEFT: &str = "left";
+
+/// The period in which agents are to be heard.
+#[must_use]
+pub fn heartbeat_period(state: &State) -> Duration {
+    let spec = state.cluster().and_then(|cluster| cluster.spec.as_ref());
+    let period = span(
+        spec.and_then(|spec| spec.heartbeat_period.as_ref()),
+        HEARTBEAT,
+    );
+    // A shorter one is noise; nobody waits an hour to see a node die.
+    period.clamp(Duration::from_millis(50), Duration::from_secs(3600))
+}
+
+/// How long a silent node counts as alive.
+#[must_use]
+pub fn grace(period: Duration) -> Duration {
+    period * HEARTBEATS_MISSED
+}
+
+// --- The leader's decision ----------------------------------------------------------
+
+/// When each node was last heard. Decides who is up and who is down.
+#[derive(Debug, Default)]
+pub struct Tracker {
+    nodes: HashMap<NodeId, Known>,
+    /// When the leader meant to look again, at the latest.
+    due: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Last heard, or first looked for.
+    at: Instant,
+    seen: Seen,
+    revision: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    /// Not since this leader began: what is stored holds until the grace is over.
+    NotYet,
+    Heard,
+    Left,
+}
+
+/// What is to be written, and when to look again.
+#[derive(Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// Nodes whose state must change.
+    pub observations: Vec<NodeObservation>,
+    /// When the next node would be silent for too long.
+    pub next: Option<Instant>,
+}
+
+impl Tracker {
+    /// A manager has heard the node. Returns whether that is news: it was not
+    /// heard before, or had left.
+    pub fn heard(&mut self, node: NodeId, revision: u64, now: Instant) -> bool {
+        let known = Known {
+            at: now,
+            seen: Seen::Heard,
+            revision,
+        };
+        let before = self.nodes.insert(node, known);
+        before.is_none_or(|before| before.seen != Seen::Heard)
+    }
+
+    /// The node has said goodbye.
+    pub fn left(&mut self, node: NodeId, now: Instant) {
+        let revision = self.revision(&node);
+        let known = Known {
+            at: now,
+            seen: Seen::Left,
+            revision,
+        };
+        self.nodes.insert(node, known);
+    }
+
+    /// The newest revision that the node is known to have applied; 0 if none.
+    #[must_use]
+    pub fn revision(&self, node: &str) -> u64 {
+        self.nodes.get(node).map_or(0, |known| known.revision)
+    }
+
+    /// Compares what was heard with what is stored. A node that is looked for
+    /// the first time has a whole grace period from now on.
+    pub fn judge(&mut self, state: &State, now: Instant) -> Verdict {
+        let period = heartbeat_period(state);
+        let grace = grace(period);
+        // When the leader itself did not run for a while, nor did whoever takes in
+        // the reports: that was nobody's silence, and all get a grace period again.
+        let late = self.due.and_then(|due| now.checked_duration_since(due));
+        if late.is_some_and(|late| late > period) {
+            self.nodes.values_mut().for_each(|known| known.at = now);
+        }
+        self.nodes.retain(|id, _| state.node(id).is_some());
+        let mut verdict = Verdict::default();
+        for node in state.nodes() {
+            let known = self.nodes.entry(NodeId::from(&node.id)).or_insert(Known {
+                at: now,
+                seen: Seen::NotYet,
+                revision: 0,
+            });
+            let stored = node
+                .status
+                .as_ref()
+                .map_or(NodeState::Unknown, NodeStatus::state);
+            let silent_at = known.at + grace;
+            let (wanted, message) = match known.seen {
+                Seen::Left => (NodeState::Down, LEFT),
+                _ if silent_at <= now => (NodeState::Down, SILENT),
+                Seen::Heard => (NodeState::Ready, ""),
+                Seen::NotYet => (stored, ""),
+            };
+            if wanted == NodeState::Down {
+                // To be heard again will be news.
+                if known.seen == Seen::Heard {
+                    known.seen = Seen::NotYet;
+                }
+            } else {
+                verdict.next = Some(verdict.next.map_or(silent_at, |next| next.min(silent_at)));
+            }
+            if wanted != stored {
+                verdict.observations.push(NodeObservation {
+                    node_id: node.id.clone(),
+                    status: Some(NodeStatus {
+                        state: wanted.into(),
+                        message: message.into(),
+                        addr: String::new(),
+                    }),
+                    description: None,
+                });
+            }
+        }
+        self.due = verdict.next;
+        verdict
+    }
+}
+
+// --- Carrying reports and verdicts -----------------------------------------------------
+
+/// What this manager hears and, while it leads, what all managers hear.
+#[derive(Clone)]
+pub struct Liveness {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    consensus: Arc<dyn Consensus>,
+    connect: Connect,
+    /// Heard by this manager since the last report.
+    heard: Mutex<Reportable>,
+    /// Somebody is to be reported at once.
+    urgent: Notify,
+    /// There while this manager's leader loop runs.
+    tracker: Mutex<Option<Tracker>>,
+    /// A report changes the verdict.
+    news: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Reportable {
+    /// With the revision that each has acknowledged.
+    nodes: BTreeMap<NodeId, u64>,
+    left: Vec<NodeId>,
+}
+
+impl std::fmt::Debug for Liveness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Liveness").finish_non_exhaustive()
+    }
+}
+
+impl Liveness {
+    /// Reports to the leader of `consensus` over connections made by `connect`.
+    #[must_use]
+    pub fn new(consensus: Arc<dyn Consensus>, connect: Connect) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                consensus,
+                connect,
+                heard: Mutex::default(),
+                urgent: Notify::new(),
+                tracker: Mutex::new(None),
+                news: Notify::new(),
+            }),
+        }
+    }
+
+    /// A session has heard the node, which has acknowledged `revision`.
+    pub(super) fn heard(&self, node: &NodeId, revision: u64) {
+        self.shared
+            .heard
+            .lock()
+            .nodes
+            .insert(node.clone(), revision);
+    }
+
+    /// A session of the node has begun: the leader is told at once.
+    pub(super) fn opened(&self, node: &NodeId) {
+        self.heard(node, 0);
+        self.shared.urgent.notify_one();
+    }
+
+    /// The node says goodbye: the leader is told at once.
+    pub(super) fn left(&self, node: &NodeId) {
+        let mut heard = self.shared.heard.lock();
+        heard.nodes.remove(node);
+        heard.left.push(node.clone());
+        drop(heard);
+        self.shared.urgent.notify_one();
+    }
+
+    /// The newest revision that the node is known to have applied, while this
+    /// manager leads; 0 if none is known.
+    #[must_use]
+    pub fn acknowledged(&self, node: &str) -> u64 {
+        let tracker = self.shared.tracker.lock();
+        tracker.as_ref().map_or(0, |tracker| tracker.revision(node))
+    }
+
+    /// Takes in a report; false when this manager does not lead.
+    fn receive(&self, report: LivenessReport) -> bool {
+        let now = Instant::now();
+        let mut news = !report.left.is_empty();
+        {
+            let mut tracker = self.shared.tracker.lock();
+            let Some(tracker) = tracker.as_mut() else {
+                return false;
+            };
+            let mut revisions = report.revisions.into_iter();
+            for node in report.node_ids {
+                news |= tracker.heard(node.into(), revisions.next().unwrap_or(0), now);
+            }
+            for node in report.left {
+                tracker.left(node.into(), now);
+            }
+        }
+        if news {
+            self.shared.news.notify_one();
+        }
+        true
+    }
+
+    /// Reports until it is cancelled. Runs on every manager.
+    pub(super) async fn run_reporter(self, cancel: CancellationToken) {
+        let mut leadership = self.shared.consensus.leadership();
+        let mut client: Option<(String, LivenessClient<Channel>)> = None;
+        loop {
+            let period = heartbeat_period(&self.shared.consensus.store().state());
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = tokio::time::sleep(period) => {}
+                () = self.shared.urgent.notified() => {}
+                // A new leader should not wait for the first report.
+                changed = leadership.changed() => if changed.is_err() { return },
+            }
+            let reported = std::mem::take(&mut *self.shared.heard.lock());
+            if reported.nodes.is_empty() && reported.left.is_empty() {
+                continue;
+            }
+            let report = LivenessReport {
+                node_ids: reported.nodes.keys().map(NodeId::to_string).collect(),
+                revisions: reported.nodes.values().copied().collect(),
+                left: reported.left.iter().map(NodeId::to_string).collect(),
+            };
+            let sending = self.send(report, &leadership, &mut client, period);
+            let sent = tokio::select! {
+                () = cancel.cancelled() => return,
+                sent = sending => sent,
+            };
+            if let Err(error) = sent {
+                tracing::debug!(%error, "the leader did not take the report of live nodes");
+                self.take_back(reported);
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        report: LivenessReport,
+        leadership: &watch::Receiver<Leadership>,
+        client: &mut Option<(String, LivenessClient<Channel>)>,
+        period: Duration,
+    ) -> Result<(), String> {
+        let now = leadership.borrow().clone();
+        if now.is_leader {
+            return match self.receive(report) {
+                true => Ok(()),
+                false => Err("this manager begins to lead".into()),
+            };
+        }
+        let leader = now.leader.ok_or("there is no leader")?;
+        let mut connected = match client.take() {
+            Some((addr, connected)) if addr == leader.addr => connected,
+            _ => LivenessClient::new((self.shared.connect)(&leader.addr)?),
+        };
+        let call = tokio::time::timeout(period, connected.report(report));
+        let answer = call.await.map_err(|_| "no answer in time".to_owned())?;
+        answer.map_err(|status| status.to_string())?;
+        *client = Some((leader.addr, connected));
+        Ok(())
+    }
+
+    /// What could not be reported is reported next time, unless it is outdated.
+    fn take_back(&self, mut reported: Reportable) {
+        let mut heard = self.shared.heard.lock();
+        reported.left.retain(|node| !heard.nodes.contains_key(node));
+        // Those that were heard must be heard again: a failed report may be old.
+        reported.left.append(&mut heard.left);
+        heard.left = reported.left;
+    }
+
+    /// The loop that judges while this manager leads.
+    #[must_use]
+    pub fn leader_loop(&self) -> LeaderLoop {
+        let liveness = self.clone();
+        LeaderLoop::new("liveness", move |context| {
+            liveness.clone().run_leader(context)
+        })
+    }
+
+    async fn run_leader(self, context: LoopContext) {
+        *self.shared.tracker.lock() = Some(Tracker::default());
+        self.judge_until_cancelled(&context).await;
+        *self.shared.tracker.lock() = None;
+    }
+
+    async fn judge_until_cancelled(&self, context: &LoopContext) {
+        let mut feed = Feed::new(context);
+        loop {
+            let verdict = match self.shared.tracker.lock().as_mut() {
+                Some(tracker) => tracker.judge(feed.state(), Instant::now()),
+                None => return,
+            };
+            for observation in &verdict.observations {
+                let state = observation
+                    .status
+                    .as_ref()
+                    .map_or(NodeState::Unknown, NodeStatus::state);
+                tracing::info!(node = %observation.node_id, state = state.as_str_name(), "the state of a node changes");
+            }
+            if !verdict.observations.is_empty() {
+                let actions = verdict.observations.into_iter().map(|seen| StoreAction {
+                    action: Some(store_action::Action::NodeObservation(seen)),
+                });
+                let actions: Vec<_> = actions.collect();
+                let groups = actions.chunks(ACTIONS_MAX).map(<[_]>::to_vec).collect();
+                let outcome = context.propose_groups(groups).await;
+                if let Some(error) = outcome.failed
+                    && !context.settle(&error).await
+                {
+                    return;
+                }
+            }
+            let next = verdict.next.map(tokio::time::Instant::from_std);
+            let silence = async move {
+                match next {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = context.cancel.cancelled() => return,
+                () = silence => {}
+                () = self.shared.news.notified() => {}
+                // A node was made or removed, or its stored state is not what was judged.
+                () = nodes_change(&mut feed, context) => {}
+            }
+        }
+    }
+}
+
+/// Returns when nodes or the cluster's settings have changed, or changes were lost.
+async fn nodes_change(feed: &mut Feed, context: &LoopContext) {
+    use swarm_store::Event;
+    loop {
+        match feed.next(context).await {
+            Fed::Changes(changes) => {
+                let mut events = changes.iter().flat_map(|change| change.events.iter());
+                if events.any(|event| matches!(event, Event::Node { .. } | Event::Cluster { .. })) {
+                    return;
+                }
+            }
+            Fed::All => return,
+            Fed::Closed => context.cancel.cancelled().await,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl liveness_server::Liveness for Liveness {
+    async fn report(
+        &self,
+        request: Request<LivenessReport>,
+    ) -> Result<Response<LivenessAck>, Status> {
+        let caller = Caller::of(&request);
+        if caller
+            .peer()
+            .is_none_or(|peer| peer.role != NodeRole::Manager)
+        {
+            return Err(Status::permission_denied(
+                "only managers report who is alive",
+            ));
+        }
+        let report = request.into_inner();
+        if report.node_ids.len().max(report.left.len()) > REPORT_MAX {
+            return Err(Status::invalid_argument("the report names too many nodes"));
+        }
+        match self.receive(report) {
+            true => Ok(Response::new(LivenessAck {})),
+            false => Err(Status::unavailable("this manager does not lead")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use swarm_store::testing::{create, node, observe, transaction};
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn cluster_of(nodes: &[&str]) -> State {
+        let made = nodes.iter().map(|id| create(node(id, "192.0.2.1")));
+        State::default()
+            .apply(1, &transaction(made))
+            .expect("valid")
+            .state
+    }
+
+    fn after(state: &State, verdict: &Verdict) -> State {
+        let actions = verdict.observations.iter().map(|seen| StoreAction {
+            action: Some(store_action::Action::NodeObservation(seen.clone())),
+        });
+        let applied = state.apply(state.index() + 1, &transaction(actions));
+        applied.expect("valid").state
+    }
+
+    fn changes(verdict: &Verdict) -> Vec<(&str, NodeState, &str)> {
+        verdict
+            .observations
+            .iter()
+            .map(|seen| {
+                let status = seen.status.as_ref().expect("set");
+                (
+                    seen.node_id.as_str(),
+                    status.state(),
+                    status.message.as_str(),
+                )
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_node_that_nobody_hears_for_a_grace_period_is_down_and_up_when_it_is_heard() {
+        let state = cluster_of(&["a", "b"]);
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        let verdict = tracker.judge(&state, start);
+        assert_eq!(verdict.observations, []);
+        assert_eq!(verdict.next, Some(start + 3 * SECOND));
+        assert!(tracker.heard("a".into(), 7, start + SECOND));
+        let verdict = tracker.judge(&state, start + 3 * SECOND);
+        assert_eq!(changes(&verdict), [("b", NodeState::Down, SILENT)]);
+        assert_eq!(verdict.next, Some(start + 4 * SECOND));
+        assert_eq!(tracker.revision("a"), 7);
+        let state = after(&state, &verdict);
+        assert_eq!(tracker.judge(&state, start + 3 * SECOND).observations, []);
+        assert!(tracker.heard("b".into(), 0, start + 4 * SECOND), "news");
+        assert!(!tracker.heard("a".into(), 0, start + 4 * SECOND));
+        let verdict = tracker.judge(&state, start + 4 * SECOND);
+        assert_eq!(changes(&verdict), [("b", NodeState::Ready, "")]);
+    }
+
+    #[test]
+    fn a_node_that_says_goodbye_is_down_at_once() {
+        let state = cluster_of(&["a"]);
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        tracker.heard("a".into(), 0, start);
+        assert_eq!(tracker.judge(&state, start).observations, []);
+        tracker.left("a".into(), start);
+        let verdict = tracker.judge(&state, start);
+        assert_eq!(changes(&verdict), [("a", NodeState::Down, LEFT)]);
+        assert!(
+            tracker.heard("a".into(), 0, start),
+            "it is back: that is news"
+        );
+    }
+
+    #[test]
+    fn a_new_leader_gives_everyone_a_grace_period_and_revives_nobody_unheard() {
+        let seen = transaction([observe("b", NodeState::Down)]);
+        let state = cluster_of(&["a", "b"])
+            .apply(2, &seen)
+            .expect("valid")
+            .state;
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        assert_eq!(tracker.judge(&state, start).observations, []);
+        assert_eq!(tracker.judge(&state, start + 2 * SECOND).observations, []);
+        let verdict = tracker.judge(&state, start + 3 * SECOND);
+        assert_eq!(changes(&verdict), [("a", NodeState::Down, SILENT)]);
+    }
+
+    #[test]
+    fn time_in_which_the_leader_did_not_run_is_nobodys_silence() {
+        let state = cluster_of(&["a"]);
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        tracker.heard("a".into(), 0, start);
+        tracker.judge(&state, start);
+        let verdict = tracker.judge(&state, start + 60 * SECOND);
+        assert_eq!(verdict.observations, []);
+        assert_eq!(verdict.next, Some(start + 63 * SECOND));
+        let verdict = tracker.judge(&state, start + 63 * SECOND);
+        assert_eq!(changes(&verdict), [("a", NodeState::Down, SILENT)]);
+    }
+
+    proptest! {
+        #[test]
+        fn who_is_heard_every_period_is_never_down(
+            beats in prop::collection::vec(500..1000u64, 1..100),
+        ) {
+            let state = cluster_of(&["a"]);
+            let mut now = Instant::now();
+            let mut tracker = Tracker::default();
+            for beat in beats {
+                tracker.heard("a".into(), 0, now);
+                prop_assert_eq!(tracker.judge(&state, now).observations, vec![]);
+                now += Duration::from_millis(beat);
+            }
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! One agent's connection: registers, receives its reports, sends its assignments.
+//!
+//! A session is one task with two halves that do not wait for each other: the
+//! reader takes in heartbeats and reports, the writer sends what the hub hands
+//! it. It ends when either does, when nothing was heard for the grace period,
+//! when a newer session of the node begins, or when the node is removed. What an
+//! agent sends is bounded and checked: it speaks for its own node's tasks only.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use prost::Message as _;
+use swarm_identity::Caller;
+use swarm_proto::task_state::{OWNERS, Owner};
+use swarm_proto::v1::{
+    AgentMessage, AssignmentsType, ManagerMessage, NodeDescription, NodeObservation, NodeStatus,
+    Registered, StatusAck, StatusReport, StoreAction, TaskStatusUpdate, agent_message,
+    dispatcher_server, manager_message, store_action,
+};
+use swarm_proto::{NodeId, SessionId};
+use swarm_store::{Consensus, ReadError, State};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
+
+use super::assignments::{AssignmentSet, messages};
+use super::hub::{Hub, Update, removed};
+use super::intake::{Intake, Report};
+use super::liveness::{Liveness, grace, heartbeat_period};
+
+/// Messages that wait for the connection to take them, each of at most 512 KiB
+/// or one object.
+const OUTBOUND: usize = 4;
+/// Encoded bytes of one task's status; what is longer loses its texts.
+const STATUS_MAX: usize = 16 << 10;
+/// Encoded bytes of a node's description.
+const DESCRIPTION_MAX: usize = 256 << 10;
+/// Actions of one report in one transaction.
+const REPORT_ACTIONS: usize = 500;
+
+/// The service that agents speak to.
+#[derive(Clone)]
+pub struct Sessions {
+    pub(super) consensus: Arc<dyn Consensus>,
+    pub(super) hub: Hub,
+    pub(super) intake: Intake,
+    pub(super) liveness: Liveness,
+    pub(super) running: TaskTracker,
+    pub(super) cancel: CancellationToken,
+}
+
+impl std::fmt::Debug for Sessions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sessions").finish_non_exhaustive()
+    }
+}
+
+type Outbound = mpsc::Sender<Result<ManagerMessage, Status>>;
+
+#[tonic::async_trait]
+impl dispatcher_server::Dispatcher for Sessions {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<ManagerMessage, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let caller = Caller::of(&request);
+        let node_id = match caller.peer() {
+            Some(peer) => peer.node_id.clone(),
+            None => {
+                return Err(Status::unauthenticated(
+                    "a session needs a node's certificate",
+                ));
+            }
+        };
+        if self.cancel.is_cancelled() {
+            return Err(Status::unavailable("the manager is stopping"));
+        }
+        let (outbound, sent) = mpsc::channel(OUTBOUND);
+        let session = Session {
+            sessions: self.clone(),
+            session_id: SessionId::random(),
+            remote: swarm_identity::remote_addr(&request),
+            node_id: node_id.clone(),
+            outbound,
+        };
+        let span = tracing::info_span!("session", node = %node_id);
+        let inbound = request.into_inner();
+        self.running.spawn(session.run(inbound).instrument(span));
+        Ok(Response::new(Box::pin(ReceiverStream::new(sent))))
+    }
+}
+
+struct Session {
+    sessions: Sessions,
+    session_id: SessionId,
+    remote: Option<SocketAddr>,
+    node_id: NodeId,
+    outbound: Outbound,
+}
+
+impl Session {
+    async fn run(self, inbound: Streaming<AgentMessage>) {
+        let cancel = self.sessions.cancel.clone();
+        let ended = tokio::select! {
+            () = cancel.cancelled() => Status::unavailable("the manager is stopping"),
+            ended = self.serve(inbound) => ended,
+        };
+        tracing::debug!(reason = ended.message(), "the session has ended");
+        self.sessions.hub.close(self.node_id, self.session_id).await;
+        // The agent learns why, if its connection still takes anything.
+        let _ = self.outbound.try_send(Err(ended));
+    }
+
+    /// Returns why the session is over.
+    async fn serve(&self, mut inbound: Streaming<AgentMessage>) -> Status {
+        match self.begin(&mut inbound).await {
+            Ok(mut registered) => {
+                let updates = &mut registered.updates;
+                tokio::select! {
+                    ended = self.read(&mut inbound, &registered.queue) => ended,
+                    ended = self.write(updates) => ended,
+                    ended = &mut registered.ended => {
+                        ended.unwrap_or_else(|_| Status::unavailable("the manager is stopping"))
+                    }
+                }
+            }
+            Err(refused) => refused,
+        }
+    }
+
+    /// The agent introduces itself; it is registered if its node is a member.
+    async fn begin(
+        &self,
+        inbound: &mut Streaming<AgentMessage>,
+    ) -> Result<super::hub::Registered, Status> {
+        let patience = grace(heartbeat_period(&self.store_state()));
+        let first = tokio::time::timeout(patience, inbound.message()).await;
+        let first =
+            first.map_err(|_| Status::deadline_exceeded("the agent did not register"))??;
+        let Some(agent_message::Message::Register(register)) =
+            first.and_then(|first| first.message)
+        else {
+            return Err(Status::invalid_argument(
+                "the first message of a session must be register",
+            ));
+        };
+        let state = self.member_state().await?;
+        if let Some(described) = register.description {
+            self.describe(&state, described).await?;
+        }
+        let hub = &self.sessions.hub;
+        let mut registered = hub
+            .open(self.node_id.clone(), self.session_id.clone())
+            .await?;
+        let period = heartbeat_period(&state);
+        let welcome = manager_message::Message::Registered(Registered {
+            session_id: self.session_id.to_string(),
+            heartbeat_period: prost_types::Duration::try_from(period).ok(),
+            info: Some(std::mem::take(&mut registered.info)),
+        });
+        self.send(welcome).await?;
+        self.sessions.liveness.opened(&self.node_id);
+        tracing::debug!(session = %self.session_id, "the agent has registered");
+        Ok(registered)
+    }
+
+    fn store_state(&self) -> Arc<State> {
+        self.sessions.consensus.store().state()
+    }
+
+    /// A state that has the node. One that this replica does not know may only be new.
+    async fn member_state(&self) -> Result<Arc<State>, Status> {
+        let state = self.store_state();
+        if state.node(&self.node_id).is_some() {
+            return Ok(state);
+        }
+        let state = self.newest_state().await?;
+        match state.node(&self.node_id) {
+            Some(_) => Ok(state),
+            None => Err(removed(&self.node_id)),
+        }
+    }
+
+    async fn newest_state(&self) -> Result<Arc<State>, Status> {
+        let read = self.sessions.consensus.read().await;
+        read.map_err(|error: ReadError| Status::unavailable(error.to_string()))
+    }
+
+    /// Has the node's description and address written, if they are news.
+    async fn describe(&self, state: &State, described: NodeDescription) -> Result<(), Status> {
+        if described.encoded_len() > DESCRIPTION_MAX {
+            return Err(Status::invalid_argument(format!(
+                "the description of the node has {} bytes, more than {DESCRIPTION_MAX}",
+                described.encoded_len()
+            )));
+        }
+        let addr = self
+            .remote
+            .map(|remote| remote.ip().to_string())
+            .unwrap_or_default();
+        let known = state.node(&self.node_id);
+        let known_addr = known.and_then(|node| Some(node.status.as_ref()?.addr.as_str()));
+        let same_addr = addr.is_empty() || known_addr == Some(addr.as_str());
+        if same_addr && known.and_then(|node| node.description.as_ref()) == Some(&described) {
+            return Ok(());
+        }
+        let seen = NodeObservation {
+            node_id: self.node_id.to_string(),
+            // The state is the leader's to conclude: see liveness.
+            status: Some(NodeStatus {
+                addr,
+                ..NodeStatus::default()
+            }),
+            description: Some(described),
+        };
+        let action = store_action::Action::NodeObservation(seen);
+        let report = Report {
+            actions: vec![StoreAction {
+                action: Some(action),
+            }],
+            ack: None,
+        };
+        self.sessions.intake.put(report).await
+    }
+
+    // --- Reader ------------------------------------------------------------------
+
+    async fn read(
+        &self,
+        inbound: &mut Streaming<AgentMessage>,
+        queue: &mpsc::Sender<Update>,
+    ) -> Status {
+        let mut revision = 0;
+        loop {
+            let patience = grace(heartbeat_period(&self.store_state()));
+            // What has arrived is read before time is looked at.
+            let message = tokio::select! {
+                biased;
+                message = inbound.message() => message,
+                () = tokio::time::sleep(patience) => return silent(patience),
+            };
+            let message = match message {
+                Ok(Some(message)) => message,
+                Ok(None) => return Status::cancelled("the agent has ended the session"),
+                Err(status) => return status,
+            };
+            match message.message {
+                Some(agent_message::Message::Ack(ack)) => revision = ack.revision,
+                Some(agent_message::Message::Goodbye(_)) => {
+                    self.sessions.liveness.left(&self.node_id);
+                    return Status::ok("the node leaves");
+                }
+                Some(agent_message::Message::Status(report)) => {
+                    if let Err(refused) = self.take_in(report, queue).await {
+                        return refused;
+                    }
+                }
+                Some(agent_message::Message::Description(described)) => {
+                    if let Err(refused) = self.describe(&self.store_state(), described).await {
+                        return refused;
+                    }
+                }
+                Some(agent_message::Message::Register(_)) => {
+                    return Status::invalid_argument("a session registers once");
+                }
+                // Of a kind that comes later: it says at least that the agent is alive.
+                Some(agent_message::Message::Heartbeat(_)) | None => {}
+            }
+            self.sessions.liveness.heard(&self.node_id, revision);
+        }
+    }
+
+    async fn take_in(
+        &self,
+        report: StatusReport,
+        queue: &mpsc::Sender<Update>,
+    ) -> Result<(), Status> {
+        let mut state = self.store_state();
+        // A task that this replica does not know was assigned by a manager that is ahead, or is gone.
+        if report
+            .updates
+            .iter()
+            .any(|update| state.task(&update.task_id).is_none())
+        {
+            state = self.newest_state().await?;
+        }
+        let updates = report
+            .updates
+            .into_iter()
+            .filter_map(|update| self.checked(&state, update));
+        let mut actions: Vec<StoreAction> = updates
+            .map(|update| StoreAction {
+                action: Some(store_action::Action::TaskStatus(update)),
+            })
+            .collect();
+        // The parts are committed in order: the last one carries the acknowledgement.
+        while actions.len() > REPORT_ACTIONS {
+            let rest = actions.split_off(REPORT_ACTIONS);
+            let part = std::mem::replace(&mut actions, rest);
+            self.sessions
+                .intake
+                .put(Report {
+                    actions: part,
+                    ack: None,
+                })
+                .await?;
+        }
+        let ack = Some((queue.clone(), report.sequence));
+        self.sessions.intake.put(Report { actions, ack }).await
+    }
+
+    /// The update, if the agent may say it and it says anything new.
+    fn checked(&self, state: &State, mut update: TaskStatusUpdate) -> Option<TaskStatusUpdate> {
+        let task = state.task(&update.task_id)?;
+        if task.node_id != *self.node_id {
+            tracing::warn!(task = %update.task_id, "an agent reports on a task of another node; ignored");
+            return None;
+        }
+        let status = update.status.as_mut()?;
+        let agents =
+            |(state, owner): &(_, Owner)| *state as i32 == status.state && *owner == Owner::Agent;
+        if !OWNERS.iter().any(agents) {
+            tracing::warn!(task = %update.task_id, state = status.state, "an agent reports a state that is not an agent's; ignored");
+            return None;
+        }
+        if status.encoded_len() > STATUS_MAX {
+            cut(&mut status.message, 1024);
+            cut(&mut status.err, 1024);
+            status.reason = None;
+        }
+        if status.encoded_len() > STATUS_MAX {
+            status.ports.clear();
+            status.container = None;
+        }
+        Some(update)
+    }
+
+    // --- Writer ------------------------------------------------------------------
+
+    async fn write(&self, updates: &mut mpsc::Receiver<Update>) -> Status {
+        loop {
+            let Some(update) = updates.recv().await else {
+                return Status::unavailable("the manager is stopping");
+            };
+            if let Err(ended) = self.write_one(update).await {
+                return ended;
+            }
+        }
+    }
+
+    async fn write_one(&self, update: Update) -> Result<(), Status> {
+        match update {
+            Update::Complete(state) => {
+                let changes = AssignmentSet::complete(&state, &self.node_id);
+                let revision = state.index();
+                for message in messages(AssignmentsType::Complete, 0, revision, changes) {
+                    self.send(manager_message::Message::Assignments(message))
+                        .await?;
+                }
+            }
+            Update::Incremental {
+                applies_to,
+                results_in,
+                changes,
+            } => {
+                let changes = changes.iter().flat_map(|part| part.iter().cloned());
+                let kind = AssignmentsType::Incremental;
+                for message in messages(kind, applies_to, results_in, changes) {
+                    self.send(manager_message::Message::Assignments(message))
+                        .await?;
+                }
+            }
+            Update::Info(info) => self.send(manager_message::Message::Info(*info)).await?,
+            Update::StatusAck(sequence) => {
+                let ack = StatusAck { sequence };
+                self.send(manager_message::Message::StatusAck(ack)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn send(&self, message: manager_message::Message) -> Result<(), Status> {
+        let message = ManagerMessage {
+            message: Some(message),
+        };
+        let sent = self.outbound.send(Ok(message)).await;
+        sent.map_err(|_| Status::cancelled("the agent has closed the connection"))
+    }
+}
+
+fn silent(patience: Duration) -> Status {
+    Status::deadline_exceeded(format!("nothing was heard of the agent for {patience:?}"))
+}
+
+/// Shortens a text to at most `max` bytes.
+fn cut(text: &mut String, max: usize) {
+    if text.len() > max {
+        let end = (0..=max).rev().find(|&at| text.is_char_boundary(at));
+        text.truncate(end.unwrap_or(0));
+    }
+}
