@@ -32,6 +32,9 @@ const RESPAWN_AFTER: Duration = Duration::from_secs(1);
 /// Wait before the state is read again after a write with unknown success.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// No sleep is longer, so that a clock that jumps is noticed.
+const CLOCK_CHECK: Duration = Duration::from_secs(60);
+
 /// Actions that are committed together or not at all.
 pub type Group = Vec<StoreAction>;
 
@@ -152,6 +155,21 @@ impl LoopContext {
                 {
                     rejection
                 }
+                // Large specs: decisions hold in parts too, the rest is decided again.
+                Err(ProposeError::TooLarge { .. }) if batch.concat().len() > 1 => {
+                    let actions = batch.concat().into_iter().map(|action| vec![action]);
+                    for single in actions.collect::<Vec<_>>() {
+                        let part = Box::pin(self.propose_batch(vec![single])).await;
+                        outcome.refused.extend(part.refused);
+                        outcome.failed = outcome.failed.or(part.failed);
+                    }
+                    break;
+                }
+                Err(error @ ProposeError::TooLarge { .. }) => {
+                    tracing::error!(%error, "a decision cannot be written");
+                    outcome.refused.append(&mut batch);
+                    break;
+                }
                 Err(error) => {
                     outcome.failed = Some(error);
                     break;
@@ -175,6 +193,11 @@ impl LoopContext {
     /// committed is in the local state. Returns `false` when the term is over.
     pub async fn settle(&self, error: &ProposeError) -> bool {
         tracing::warn!(%error, "a decision could not be written; deciding again");
+        if matches!(error, ProposeError::Rejected(_) | ProposeError::Stopping) {
+            // The term is over, although this manager may not know it yet.
+            self.cancel.cancelled().await;
+            return false;
+        }
         loop {
             tokio::select! {
                 () = self.cancel.cancelled() => return false,
@@ -187,10 +210,11 @@ impl LoopContext {
         }
     }
 
-    /// Returns at that time (since the epoch), or never if there is none.
+    /// Returns at that time (since the epoch), or never if there is none. May return earlier:
+    /// it looks at the clock once a minute, because that can be set.
     pub async fn sleep_until(&self, at: Option<Duration>) {
         match at {
-            Some(at) => tokio::time::sleep(at.saturating_sub(self.now())).await,
+            Some(at) => tokio::time::sleep(at.saturating_sub(self.now()).min(CLOCK_CHECK)).await,
             None => std::future::pending().await,
         }
     }
@@ -408,6 +432,320 @@ async fn supervise(leader_loop: LeaderLoop, context: LoopContext) {
         tokio::select! {
             () = context.cancel.cancelled() => return,
             () = tokio::time::sleep(RESPAWN_AFTER) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use proptest::prelude::*;
+    use swarm_proto::task_state::is_terminal;
+    use swarm_proto::v1::{Rejection, Task, TaskState};
+    use swarm_store::testing::{self, LocalConsensus};
+    use swarm_store::{Leadership, Member, MembershipError, ReadError};
+    use tokio::sync::watch;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::world::state_of;
+
+    /// Time that tokio can pause and skip.
+    fn test_clock() -> Clock {
+        let begin = Instant::now();
+        Arc::new(move || Duration::from_secs(1_000_000) + begin.elapsed())
+    }
+
+    fn context(consensus: Arc<dyn Consensus>) -> LoopContext {
+        LoopContext {
+            consensus,
+            term: 1,
+            node_id: "local".into(),
+            clock: test_clock(),
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    fn lead(consensus: &LocalConsensus, term: u64, is_leader: bool) {
+        let now = consensus.leadership().borrow().clone();
+        consensus.set_leadership(Leadership {
+            term,
+            is_leader,
+            ..now
+        });
+    }
+
+    /// Waits until the state satisfies `fact`.
+    async fn until(consensus: &LocalConsensus, fact: impl Fn(&State) -> bool) -> Arc<State> {
+        let (state, mut watch) = consensus.store().watch();
+        if fact(&state) {
+            return state;
+        }
+        loop {
+            let change = watch.next().await.unwrap();
+            if fact(&change.state) {
+                return change.state;
+            }
+        }
+    }
+
+    fn running(state: &State, service: &str) -> usize {
+        let runs = |task: &&Arc<Task>| {
+            state_of(task) == TaskState::Running && task.desired_state() == TaskState::Running
+        };
+        state.tasks_of_service(service).filter(runs).count()
+    }
+
+    /// Does for every node what its agent would, as a loop that never ends.
+    async fn agents(consensus: Arc<LocalConsensus>) {
+        let (mut state, mut watch) = consensus.store().watch();
+        loop {
+            for task in state.tasks() {
+                let now = state_of(task);
+                let next = match now {
+                    _ if task.node_id.is_empty() || is_terminal(now) => continue,
+                    _ if task.desired_state() > TaskState::Running => TaskState::Shutdown,
+                    TaskState::Assigned => TaskState::Ready,
+                    TaskState::Ready if task.desired_state() == TaskState::Running => {
+                        TaskState::Running
+                    }
+                    _ => continue,
+                };
+                consensus
+                    .write([testing::report(&task.id, next, 1)])
+                    .unwrap();
+            }
+            state = watch.next().await.unwrap().state;
+        }
+    }
+
+    fn cluster_of(nodes: usize) -> Arc<LocalConsensus> {
+        let consensus = LocalConsensus::new();
+        consensus
+            .write([testing::create(testing::cluster("c"))])
+            .unwrap();
+        for at in 0..nodes {
+            let node = testing::node(&format!("n{at}"), "");
+            consensus.write([testing::create(node)]).unwrap();
+        }
+        consensus
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn loops_run_in_each_term_that_is_led_and_are_joined_after_it() {
+        let consensus = LocalConsensus::new();
+        let (terms, mut seen) = watch::channel(0);
+        let alive = Arc::new(AtomicUsize::new(0));
+        let counted = alive.clone();
+        let count = LeaderLoop::new("count", move |context: LoopContext| {
+            let (alive, terms) = (counted.clone(), terms.clone());
+            async move {
+                alive.fetch_add(1, Ordering::SeqCst);
+                terms.send_replace(context.term);
+                context.cancel.cancelled().await;
+                alive.fetch_sub(1, Ordering::SeqCst);
+            }
+        });
+        let leader = Leader::start(
+            consensus.clone(),
+            "local".into(),
+            test_clock(),
+            vec![count.clone(), count],
+        );
+        seen.wait_for(|&term| term == 1).await.unwrap();
+        lead(&consensus, 2, false);
+        lead(&consensus, 3, true);
+        seen.wait_for(|&term| term == 3).await.unwrap();
+        leader.stop().await;
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_that_panics_starts_again() {
+        let consensus = LocalConsensus::new();
+        let (runs, mut seen) = watch::channel(0);
+        let fragile = LeaderLoop::new("fragile", move |context: LoopContext| {
+            let runs = runs.clone();
+            async move {
+                runs.send_modify(|runs| *runs += 1);
+                assert!(*runs.borrow() > 2, "on purpose");
+                context.cancel.cancelled().await;
+            }
+        });
+        let leader = Leader::start(consensus, "local".into(), test_clock(), vec![fragile]);
+        seen.wait_for(|&runs| runs == 3).await.unwrap();
+        leader.stop().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_runs_survives_a_node_and_a_change_of_leader_and_is_removed() {
+        let consensus = cluster_of(3);
+        let busy = tokio::spawn(agents(consensus.clone()));
+        let start = || {
+            Leader::start(
+                consensus.clone(),
+                "local".into(),
+                test_clock(),
+                deciding_loops(),
+            )
+        };
+        let leader = start();
+        let mut service = testing::service("s", "web", &[]);
+        service.spec.as_mut().unwrap().mode = crate::world::replicated(6);
+        consensus.write([testing::create(service)]).unwrap();
+        until(&consensus, |state| running(state, "s") == 6).await;
+
+        let down = swarm_proto::v1::NodeState::Down;
+        consensus.write([testing::observe("n0", down)]).unwrap();
+        until(&consensus, |state| {
+            let on_n0 = |task: &&Arc<Task>| {
+                task.node_id == "n0" && task.desired_state() <= TaskState::Running
+            };
+            running(state, "s") == 6 && state.tasks().filter(on_n0).count() == 0
+        })
+        .await;
+
+        lead(&consensus, 1, false);
+        let state = consensus.store().state();
+        let mut service = (**state.service("s").unwrap()).clone();
+        service.spec.as_mut().unwrap().mode = crate::world::replicated(9);
+        consensus.write([testing::update(service)]).unwrap();
+        lead(&consensus, 2, true);
+        until(&consensus, |state| running(state, "s") == 9).await;
+
+        // A task fails: its successor waits for the delay, in time that tokio skips.
+        let failed = consensus
+            .store()
+            .state()
+            .tasks_of_service("s")
+            .find(|t| t.node_id == "n1" && state_of(t) == TaskState::Running)
+            .unwrap()
+            .id
+            .clone();
+        consensus
+            .write([testing::report(&failed, TaskState::Failed, 2)])
+            .unwrap();
+        until(&consensus, |state| running(state, "s") == 8).await;
+        let begin = Instant::now();
+        until(&consensus, |state| running(state, "s") == 9).await;
+        assert!(begin.elapsed() >= Duration::from_secs(5));
+
+        consensus
+            .write([testing::remove(swarm_proto::v1::ObjectKind::Service, "s")])
+            .unwrap();
+        // What a node that is down holds stays until it is heard of or given up.
+        until(&consensus, |state| {
+            state.tasks().all(|task| task.node_id == "n0")
+        })
+        .await;
+        leader.stop().await;
+        busy.abort();
+    }
+
+    #[tokio::test]
+    async fn a_group_that_is_refused_does_not_hold_up_the_others() {
+        let consensus = cluster_of(1);
+        consensus
+            .write([testing::create(testing::service("s", "web", &[]))])
+            .unwrap();
+        let context = context(consensus.clone());
+        let group = |id: &str, service: &str| {
+            vec![
+                testing::create(testing::task(id, service, &[])),
+                testing::create(testing::task(&format!("{id}b"), service, &[])),
+            ]
+        };
+        let proposed = context
+            .propose_groups(vec![group("a", "s"), group("b", "gone"), group("c", "s")])
+            .await;
+        assert_eq!(proposed.refused.len(), 1);
+        assert!(proposed.failed.is_none());
+        let ids: Vec<String> = consensus
+            .store()
+            .state()
+            .tasks()
+            .map(|t| t.id.clone())
+            .collect();
+        assert_eq!(ids, ["a", "ab", "c", "cb"]);
+    }
+
+    /// A raft group in which another term has begun.
+    struct Deposed(Arc<LocalConsensus>);
+
+    #[async_trait::async_trait]
+    impl Consensus for Deposed {
+        fn store(&self) -> &Arc<swarm_store::Store> {
+            self.0.store()
+        }
+        async fn propose(&self, _: Transaction) -> Result<u64, ProposeError> {
+            Err(ProposeError::Rejected(Rejection {
+                code: rejection::Code::StaleTerm.into(),
+                ..Rejection::default()
+            }))
+        }
+        async fn read(&self) -> Result<Arc<State>, ReadError> {
+            self.0.read().await
+        }
+        fn leadership(&self) -> watch::Receiver<Leadership> {
+            self.0.leadership()
+        }
+        fn members(&self) -> Vec<Member> {
+            self.0.members()
+        }
+        async fn add_member(&self, member: Member) -> Result<(), MembershipError> {
+            self.0.add_member(member).await
+        }
+        async fn remove_member(&self, raft_id: u64) -> Result<(), MembershipError> {
+            self.0.remove_member(raft_id).await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_whose_term_is_over_waits_for_its_end_and_writes_nothing() {
+        let consensus = cluster_of(1);
+        consensus
+            .write([testing::create(testing::service("s", "web", &[]))])
+            .unwrap();
+        let context = context(Arc::new(Deposed(consensus.clone())));
+        let index = consensus.store().state().index();
+        let cancel = context.cancel.clone();
+        let running = tokio::spawn(crate::orchestrator::run::run(context));
+        tokio::time::advance(Duration::from_secs(10)).await;
+        cancel.cancel();
+        running.await.unwrap();
+        assert_eq!(consensus.store().state().index(), index);
+    }
+
+    proptest! {
+        #[test]
+        fn packed_groups_are_whole_in_order_and_under_the_limits(
+            sizes in prop::collection::vec((1..6_usize, 0..200_000_usize), 0..60),
+        ) {
+            let groups: Vec<Group> = sizes
+                .iter()
+                .enumerate()
+                .map(|(at, &(count, bytes))| {
+                    let make = |part| {
+                        let mut task = testing::task(&format!("{at}-{part}"), "s", &[]);
+                        task.service_id = "x".repeat(bytes / count);
+                        testing::create(task)
+                    };
+                    (0..count).map(make).collect()
+                })
+                .collect();
+            let batches = pack(groups.clone());
+            prop_assert_eq!(batches.concat(), groups);
+            for batch in batches {
+                let actions = batch.concat();
+                prop_assert!(actions.len() <= ACTIONS_MAX);
+                let transaction = Transaction {
+                    actions,
+                    proposer: "x".repeat(64),
+                    ..Transaction::default()
+                };
+                prop_assert!(transaction.encoded_len() <= TRANSACTION_MAX);
+            }
         }
     }
 }

@@ -39,7 +39,7 @@ pub fn decide(state: &State, members: &[Member]) -> Vec<Step> {
         let desired = node
             .spec
             .as_ref()
-            .map_or(NodeRole::Worker, |spec| spec.desired_role());
+            .map_or(node.role(), |spec| spec.desired_role());
         if desired == node.role() && (desired == NodeRole::Manager || node.manager_status.is_none())
         {
             continue;

@@ -16,6 +16,8 @@ use crate::leader::{Fed, Feed, Group, LoopContext};
 
 /// Once a pass has decided this many groups, it proposes them before it goes on.
 const GROUPS_MAX: usize = 2048;
+/// Services that are looked at before others of this thread get a turn.
+const SERVICES_MAX: usize = 256;
 
 /// Keeps tasks as services want them until the term ends.
 pub(crate) async fn run(context: LoopContext) {
@@ -36,14 +38,14 @@ pub(crate) async fn run(context: LoopContext) {
                 agenda.add_all(feed.state());
             }
             // What was refused has changed meanwhile: the change is on its way here.
-            if !agenda.dirty.is_empty() {
-                continue;
-            }
+            tokio::task::yield_now().await;
         }
         let fed = tokio::select! {
+            biased;
             () = context.cancel.cancelled() => return,
-            () = context.sleep_until(agenda.next_timer()) => continue,
             fed = feed.next(&context) => fed,
+            () = std::future::ready(()), if !agenda.dirty.is_empty() => continue,
+            () = context.sleep_until(agenda.next_timer()) => continue,
         };
         match fed {
             Fed::Changes(changes) => changes.iter().for_each(|change| agenda.observe(change)),
@@ -78,7 +80,9 @@ impl Agenda {
         }
         let state = context.consensus.store().state();
         let mut groups = Vec::new();
+        let mut looks = 0..SERVICES_MAX;
         while groups.len() < GROUPS_MAX
+            && looks.next().is_some()
             && let Some(service) = self.dirty.pop_first()
         {
             let decision = decide(&state, &service, now, &mut TaskId::random);
