@@ -6,12 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use swarm_proto::v1::{Node, service_mode};
+use swarm_proto::task_state::is_terminal;
+use swarm_proto::v1::{Node, Task, TaskState, service_mode};
 use swarm_proto::{ServiceId, TaskId};
 use swarm_store::store::Change;
 use swarm_store::{Event, State};
 
 use super::decide;
+use super::view::{is_good, state_of};
 use crate::leader::{Fed, Feed, Group, LoopContext};
 
 /// Once a pass has decided this many groups, it proposes them before it goes on.
@@ -124,12 +126,14 @@ impl Agenda {
                     self.dirty.insert(ServiceId::from(event.id()));
                 }
                 Event::Task { old, new } => {
-                    if let Some(task) = new.as_ref().or(old.as_ref()) {
+                    if let Some(task) = new.as_ref().or(old.as_ref())
+                        && task_differs(old.as_deref(), new.as_deref())
+                    {
                         self.dirty.insert(ServiceId::from(&task.service_id));
                     }
                 }
                 Event::Node { old, new } => {
-                    if differ(old.as_deref(), new.as_deref()) {
+                    if node_differs(old.as_deref(), new.as_deref()) {
                         self.add_node(&change.state, event.id());
                     }
                 }
@@ -163,8 +167,25 @@ impl Agenda {
     }
 }
 
-/// Whether what orchestrators look at has changed.
-fn differ(old: Option<&Node>, new: Option<&Node>) -> bool {
+/// Whether what decides over a task has changed: most reports are of progress only.
+fn task_differs(old: Option<&Task>, new: Option<&Task>) -> bool {
+    let (Some(old), Some(new)) = (old, new) else {
+        return true;
+    };
+    let seen = |task: &Task| {
+        let state = state_of(task);
+        let milestone = (
+            state >= TaskState::Assigned,
+            state >= TaskState::Running,
+            is_terminal(state),
+        );
+        (task.desired_state, milestone, is_good(task))
+    };
+    seen(old) != seen(new)
+}
+
+/// Whether what decides over the tasks of a node has changed.
+fn node_differs(old: Option<&Node>, new: Option<&Node>) -> bool {
     let (Some(old), Some(new)) = (old, new) else {
         return true;
     };

@@ -50,6 +50,8 @@ pub(crate) struct Slot<'a> {
     pub(crate) dirty: Option<&'a Arc<Task>>,
     /// A successor was made in this pass.
     pub(crate) renewed: bool,
+    /// A new task may come here (not to a paused node of a global service).
+    pub(crate) may_start: bool,
     /// Something is written about its tasks in this pass: an update takes its turn in the next.
     pub(crate) touched: bool,
     /// Has no live task, and the restart policy wants none.
@@ -87,6 +89,7 @@ impl<'a> Pass<'a> {
             clean: None,
             dirty: None,
             renewed: true,
+            may_start: true,
             touched: true,
             finished: false,
         }
@@ -136,6 +139,7 @@ impl<'a> Pass<'a> {
             clean: keep_clean,
             dirty: keep_dirty,
             renewed: false,
+            may_start,
             touched: false,
             finished: false,
         };

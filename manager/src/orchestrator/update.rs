@@ -90,10 +90,10 @@ pub(crate) fn decide<'a>(pass: &mut Pass<'a>, slots: &[Slot<'a>]) {
     // Slots that still need a new task; those where the new one runs beside the old one are on their way.
     let needs: Vec<&Slot<'_>> = slots
         .iter()
-        .filter(|slot| !slot.renewed && slot.clean.is_none())
+        .filter(|slot| slot.may_start && !slot.renewed && slot.clean.is_none())
         .filter(|slot| slot.dirty.is_some() || is_finished_dirty(slot, service))
         .collect();
-    let done = needs.is_empty() && slots.iter().all(|slot| slot.dirty.is_none());
+    let done = needs.is_empty() && !slots.iter().any(both);
     let status = service
         .update_status
         .as_ref()
