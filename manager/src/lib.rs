@@ -26,6 +26,7 @@ use tonic::service::Routes;
 use crate::ca::CaService;
 use crate::clock::{Clock, system_clock};
 use crate::control::Control;
+use crate::dispatcher::{Connect, Dispatcher};
 use crate::leader::{Leader, deciding_loops};
 
 /// A request for a certificate is small; whoever sends more has no certificate yet.
@@ -40,6 +41,8 @@ pub struct ManagerConfig {
     pub node_id: NodeId,
     /// Where it reads the time.
     pub clock: Clock,
+    /// How it reaches other managers.
+    pub connect: Connect,
 }
 
 impl std::fmt::Debug for ManagerConfig {
@@ -58,6 +61,9 @@ impl ManagerConfig {
             consensus,
             node_id: identity.node_id(),
             clock: system_clock(),
+            connect: Arc::new(move |addr| {
+                identity.channel(addr).map_err(|error| error.to_string())
+            }),
         }
     }
 }
@@ -67,6 +73,7 @@ impl ManagerConfig {
 pub struct Manager {
     routes: Routes,
     leader: Leader,
+    dispatcher: Dispatcher,
     stopping: CancellationToken,
 }
 
@@ -78,6 +85,7 @@ impl Manager {
             consensus,
             node_id,
             clock,
+            connect,
         } = config;
         let stopping = CancellationToken::new();
         let control = Control::new(
@@ -87,12 +95,19 @@ impl Manager {
             stopping.clone(),
         );
         let ca = CaService::new(consensus.clone(), node_id.clone(), clock.clone());
+        let dispatcher =
+            Dispatcher::start(consensus.clone(), node_id.clone(), clock.clone(), connect);
         let routes = Routes::new(control.into_server())
-            .add_service(CaServer::new(ca).max_decoding_message_size(CA_MESSAGE_MAX));
-        let leader = Leader::start(consensus, node_id, clock, deciding_loops());
+            .add_service(CaServer::new(ca).max_decoding_message_size(CA_MESSAGE_MAX))
+            .add_service(dispatcher.service())
+            .add_service(dispatcher.liveness_service());
+        let mut loops = deciding_loops();
+        loops.push(dispatcher.leader_loop());
+        let leader = Leader::start(consensus, node_id, clock, loops);
         Self {
             routes,
             leader,
+            dispatcher,
             stopping,
         }
     }
@@ -107,6 +122,8 @@ impl Manager {
     /// Ends watches, sessions and loops; returns once the loops have ended.
     pub async fn stop(self) {
         self.stopping.cancel();
+        // Agents first: they look for another manager while the loops end.
+        self.dispatcher.stop().await;
         self.leader.stop().await;
     }
 }

@@ -7,7 +7,7 @@ use swarm_manager::{Manager, ManagerConfig};
 use swarm_proto::NodeId;
 use swarm_proto::v1::control_client::ControlClient;
 use swarm_proto::v1::{
-    Annotations, ContainerSpec, CreateServiceRequest, ListServicesRequest, ObjectKind,
+    Annotations, ClusterSpec, ContainerSpec, CreateServiceRequest, ListServicesRequest, ObjectKind,
     RemoveServiceRequest, ServiceSpec, Task, TaskSpec, TaskState, WatchAction, WatchRequest,
     object,
 };
@@ -30,13 +30,23 @@ struct Bench {
 impl Bench {
     async fn start() -> Self {
         let consensus = LocalConsensus::new();
+        // The node is up without an agent: nobody must notice during the test.
+        let mut cluster = cluster("c1");
+        cluster.spec = Some(ClusterSpec {
+            heartbeat_period: Some(prost_types::Duration {
+                seconds: 3600,
+                nanos: 0,
+            }),
+            ..Default::default()
+        });
         consensus
-            .write([create(cluster("c1")), create(node("w1", "10.9.0.1"))])
+            .write([create(cluster), create(node("w1", "10.9.0.1"))])
             .expect("apply accepts");
         let manager = Manager::start(ManagerConfig {
             consensus: consensus.clone(),
             node_id: NodeId::from("local"),
             clock: system_clock(),
+            connect: Arc::new(|addr| Err(format!("there is no other manager at {addr}"))),
         });
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
