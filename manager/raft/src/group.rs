@@ -345,10 +345,12 @@ impl Group {
                 () = tokio::time::sleep(self.timing.election_max) => {}
             }
         }
+        // Out of the watch first: publishing while it is borrowed would wait for itself.
+        let last = self.leadership.borrow().clone();
         self.publish(Leadership {
             leader: None,
             is_leader: false,
-            ..self.leadership.borrow().clone()
+            ..last
         });
     }
 

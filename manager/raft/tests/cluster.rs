@@ -1,0 +1,583 @@
+//! Managers in one process, each with a runtime, a directory and a port of its
+//! own, over real TCP and mutual TLS. Killing one drops all of that at once.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use swarm_identity::{DataKey, Identity, KeyMaterial, Listener, NewKey, PeerIdentity, RootCa};
+use swarm_proto::NodeId;
+use swarm_proto::defaults::TRANSACTION_MAX;
+use swarm_proto::v1::raft_client::RaftClient;
+use swarm_proto::v1::rejection::Code;
+use swarm_proto::v1::{Node, NodeRole, RaftMessage, ReadIndexRequest, Transaction};
+use swarm_raft::{RaftConfig, RaftNode, StartError};
+use swarm_store::testing::{cluster, create, network, node, transaction};
+use swarm_store::{Consensus, MembershipError, ProposeError};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use zeroize::Zeroizing;
+
+/// What a wait ends with when the awaited fact never becomes true.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Lab {
+    root: RootCa,
+}
+
+struct Host {
+    identity: Arc<Identity>,
+    key: DataKey,
+    dir: TempDir,
+    addr: SocketAddr,
+    configure: fn(&mut RaftConfig),
+    running: Option<(Runtime, Arc<RaftNode>)>,
+}
+
+fn material(root: &RootCa, node: &str, role: NodeRole) -> KeyMaterial {
+    let key = NewKey::generate().unwrap();
+    let subject = PeerIdentity {
+        node_id: node.into(),
+        role,
+        cluster_id: "c1".into(),
+    };
+    let day = Duration::from_secs(24 * 3600);
+    let chain = root.sign(key.csr_pem.as_bytes(), &subject, day, SystemTime::now());
+    KeyMaterial {
+        chain_pem: chain.unwrap(),
+        key_pem: Zeroizing::new(key.key_pem),
+        root_pem: root.cert_pem().to_owned(),
+    }
+}
+
+fn manager(id: &str) -> Node {
+    let mut made = node(id, "10.0.0.1");
+    made.spec.get_or_insert_default().desired_role = NodeRole::Manager.into();
+    made
+}
+
+/// A transaction that anyone can count: a network of this number.
+fn numbered(number: usize) -> Transaction {
+    let (id, name) = (format!("net{number}"), format!("network-{number}"));
+    let subnet = format!("10.{}.{}.0/24", number / 250 + 1, number % 250);
+    transaction([create(network(&id, &name, &subnet))])
+}
+
+impl Lab {
+    fn new() -> Self {
+        Self {
+            root: RootCa::create(SystemTime::now()).unwrap(),
+        }
+    }
+
+    fn host(&self, name: &str, configure: fn(&mut RaftConfig)) -> Host {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        Host {
+            identity: Identity::new(material(&self.root, name, NodeRole::Manager)).unwrap(),
+            key: DataKey::random(),
+            dir: tempfile::tempdir().unwrap(),
+            addr: free.local_addr().unwrap(),
+            configure,
+            running: None,
+        }
+    }
+
+    /// The first `count` managers, all voters.
+    async fn cluster(&self, count: usize, configure: fn(&mut RaftConfig)) -> Vec<Host> {
+        let mut hosts = vec![self.host("n1", configure)];
+        hosts[0].bootstrap().await;
+        for number in 2..=count {
+            let mut host = self.host(&format!("n{number}"), configure);
+            hosts[0].enroll(&host).await;
+            host.join(&hosts[0]).await;
+            hosts.push(host);
+        }
+        hosts
+    }
+}
+
+impl Host {
+    fn config(&self) -> RaftConfig {
+        let mut config = RaftConfig::new(
+            self.dir.path().join("raft"),
+            self.addr.to_string(),
+            self.identity.clone(),
+            self.key.clone(),
+        );
+        (self.configure)(&mut config);
+        config
+    }
+
+    fn node(&self) -> &Arc<RaftNode> {
+        &self.running.as_ref().unwrap().1
+    }
+
+    fn id(&self) -> String {
+        self.identity.node_id().to_string()
+    }
+
+    async fn run<F>(&mut self, starting: F) -> Result<(), StartError>
+    where
+        F: Future<Output = Result<Arc<RaftNode>, StartError>> + Send + 'static,
+    {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (addr, identity) = (self.addr.to_string(), self.identity.clone());
+        let started = runtime.spawn(async move {
+            let node = starting.await?;
+            let listener = Listener::bind(&addr, identity).await.unwrap();
+            let server = swarm_identity::grpc_server().add_service(node.service());
+            tokio::spawn(server.serve_with_incoming(listener.incoming()));
+            Ok(node)
+        });
+        match started.await.unwrap() {
+            Ok(node) => {
+                self.running = Some((runtime, node));
+                Ok(())
+            }
+            Err(error) => {
+                runtime.shutdown_background();
+                Err(error)
+            }
+        }
+    }
+
+    async fn bootstrap(&mut self) {
+        let first = transaction([create(cluster("c1")), create(manager(&self.id()))]);
+        let config = self.config();
+        self.run(RaftNode::bootstrap(config, first)).await.unwrap();
+    }
+
+    async fn start(&mut self) -> Result<(), StartError> {
+        let config = self.config();
+        self.run(RaftNode::start(config)).await
+    }
+
+    async fn join(&mut self, remote: &Host) {
+        let (config, remotes) = (self.config(), vec![remote.addr.to_string()]);
+        self.run(RaftNode::join(config, remotes)).await.unwrap();
+        within("joining", self.node().joined()).await.unwrap();
+    }
+
+    async fn enroll(&self, newcomer: &Host) {
+        let made = transaction([create(manager(&newcomer.id()))]);
+        self.node().propose(made).await.unwrap();
+    }
+
+    fn kill(&mut self) {
+        let (runtime, node) = self.running.take().unwrap();
+        drop(node);
+        runtime.shutdown_background();
+    }
+
+    async fn stop(&mut self) {
+        let (runtime, node) = self.running.take().unwrap();
+        node.shutdown().await;
+        drop(node);
+        runtime.shutdown_background();
+    }
+
+    async fn has_applied(&self, index: u64) {
+        within("applying", self.node().store().wait_for(index)).await;
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.running.is_some() {
+            self.kill();
+        }
+    }
+}
+
+async fn within<T>(what: &str, fact: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, fact)
+        .await
+        .unwrap_or_else(|_| panic!("{what} takes too long"))
+}
+
+async fn leads(node: &RaftNode) {
+    let mut leadership = node.leadership();
+    let _ = within("leading", leadership.wait_for(|now| now.is_leader))
+        .await
+        .unwrap();
+}
+
+/// Which of the running hosts leads.
+async fn leader(hosts: &[Host]) -> usize {
+    let running = hosts
+        .iter()
+        .enumerate()
+        .filter(|(_, host)| host.running.is_some());
+    let waits = running.map(|(place, host)| {
+        Box::pin(async move {
+            leads(host.node()).await;
+            place
+        })
+    });
+    futures::future::select_all(waits).await.0
+}
+
+fn networks(node: &RaftNode) -> BTreeSet<String> {
+    node.store()
+        .state()
+        .networks()
+        .map(|network| network.id.clone())
+        .collect()
+}
+
+fn snapshots(host: &Host) -> usize {
+    let dir = host.dir.path().join("raft/snapshots");
+    std::fs::read_dir(dir).map_or(0, Iterator::count)
+}
+
+fn blobs(dir: &Path) -> usize {
+    std::fs::read_dir(dir.join("raft/log/blobs")).map_or(0, Iterator::count)
+}
+
+fn often_snapshots(config: &mut RaftConfig) {
+    config.snapshot_interval = 40;
+    config.kept_entries = 10;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_manager_keeps_its_state_over_restarts() {
+    let lab = Lab::new();
+    let mut host = lab.host("n1", often_snapshots);
+    host.bootstrap().await;
+    assert_eq!(host.node().raft_id(), 1);
+    let mut expected = BTreeSet::new();
+    for round in 0..3 {
+        leads(host.node()).await;
+        for number in round * 60..(round + 1) * 60 {
+            host.node().propose(numbered(number)).await.unwrap();
+            expected.insert(format!("net{number}"));
+        }
+        if round == 1 {
+            host.kill()
+        } else {
+            host.stop().await
+        }
+        host.start().await.unwrap();
+        let state = within("reading", host.node().read()).await.unwrap();
+        assert_eq!(state.networks().count(), expected.len());
+        assert_eq!(networks(host.node()), expected);
+    }
+    assert_eq!(snapshots(&host), 1);
+    assert_eq!(blobs(host.dir.path()), 0);
+    let status = host
+        .node()
+        .store()
+        .state()
+        .node("n1")
+        .unwrap()
+        .manager_status
+        .clone();
+    assert_eq!(status.unwrap().raft_id, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bootstrap_and_join_refuse_a_directory_in_use_and_start_an_empty_one() {
+    let lab = Lab::new();
+    let mut host = lab.host("n1", |_| {});
+    assert!(matches!(host.start().await, Err(StartError::Empty(_))));
+    host.bootstrap().await;
+    host.stop().await;
+    let again = RaftNode::bootstrap(host.config(), transaction([])).await;
+    assert!(matches!(again, Err(StartError::NotEmpty(_))));
+    let again = RaftNode::join(host.config(), vec!["127.0.0.1:1".into()]).await;
+    assert!(matches!(again, Err(StartError::NotEmpty(_))));
+
+    let mut other = lab.host("n2", |_| {});
+    std::mem::swap(&mut other.dir, &mut host.dir);
+    other.key = host.key.clone();
+    assert!(matches!(
+        other.start().await,
+        Err(StartError::Foreign { .. })
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_snapshot_keeps_the_manager_from_starting() {
+    let lab = Lab::new();
+    let mut host = lab.host("n1", often_snapshots);
+    host.bootstrap().await;
+    for number in 0..100 {
+        host.node().propose(numbered(number)).await.unwrap();
+    }
+    host.stop().await;
+    let dir = host.dir.path().join("raft/snapshots");
+    let file = std::fs::read_dir(dir)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let whole = std::fs::read(&file).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 0x10;
+    std::fs::write(&file, damaged).unwrap();
+    let error = host.start().await.unwrap_err().to_string();
+    assert!(error.contains(file.to_str().unwrap()), "{error}");
+
+    // Nor is a missing one passed over.
+    std::fs::remove_file(&file).unwrap();
+    let error = host.start().await.unwrap_err().to_string();
+    assert!(error.contains("missing"), "{error}");
+
+    std::fs::write(&file, whole).unwrap();
+    host.start().await.unwrap();
+    within("reading", host.node().read()).await.unwrap();
+    assert_eq!(networks(host.node()).len(), 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledged_writes_survive_the_death_of_leaders() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let mut acknowledged = BTreeSet::new();
+    for round in 0..3 {
+        let dead = leader(&hosts).await;
+        let survivor = hosts[(dead + 1) % 3].node().clone();
+        let writes = (round * 40..(round + 1) * 40).map(|number| {
+            let survivor = survivor.clone();
+            async move { (number, survivor.propose(numbered(number)).await) }
+        });
+        let writing = tokio::spawn(futures::future::join_all(writes));
+        hosts[dead].kill();
+        for (number, result) in within("writing", writing).await.unwrap() {
+            match result {
+                Ok(_) => drop(acknowledged.insert(format!("net{number}"))),
+                // Sent to the leader that died: nobody knows.
+                Err(ProposeError::Unknown(_)) => {}
+                Err(error) => panic!("write {number}: {error}"),
+            }
+        }
+        let index = within("writing", survivor.propose(numbered(1000 + round)))
+            .await
+            .unwrap();
+        acknowledged.insert(format!("net{}", 1000 + round));
+        hosts[dead].start().await.unwrap();
+        for host in &hosts {
+            host.has_applied(index).await;
+            let lost: Vec<_> = acknowledged
+                .difference(&networks(host.node()))
+                .cloned()
+                .collect();
+            assert!(lost.is_empty(), "{lost:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_forward_and_read_what_the_leader_has_committed() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(3, |_| {}).await;
+    let leader = leader(&hosts).await;
+    let (leader, follower) = (hosts[leader].node(), hosts[(leader + 1) % 3].node());
+    assert!(!follower.leadership().borrow().is_leader);
+
+    for number in 0..50 {
+        let index = leader.propose(numbered(number)).await.unwrap();
+        let state = follower.read().await.unwrap();
+        assert!(state.index() >= index && state.network(&format!("net{number}")).is_some());
+    }
+    let index = follower.propose(numbered(50)).await.unwrap();
+    assert!(leader.read().await.unwrap().index() >= index);
+
+    for node in [leader, follower] {
+        match node.propose(numbered(7)).await {
+            Err(ProposeError::Rejected(rejection)) => {
+                assert_eq!(
+                    rejection.code(),
+                    Code::AlreadyExists,
+                    "{}",
+                    rejection.message
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+        let huge = Transaction {
+            proposer: "x".repeat(TRANSACTION_MAX),
+            ..transaction([])
+        };
+        let result = node.propose(huge).await;
+        assert!(
+            matches!(result, Err(ProposeError::TooLarge { .. })),
+            "{result:?}"
+        );
+        let large = Transaction {
+            proposer: "x".repeat(TRANSACTION_MAX - 1000),
+            ..transaction([])
+        };
+        node.propose(large).await.unwrap();
+    }
+    let members = leader.members();
+    assert_eq!(members.len(), 3);
+    assert!(
+        members
+            .iter()
+            .all(|member| member.voter && member.reachable),
+        "{members:?}"
+    );
+    assert!(hosts.iter().all(|host| blobs(host.dir.path()) == 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wiped_manager_comes_back_as_another_member() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let wiped = (lead + 1) % 3;
+    let former = hosts[wiped].node().raft_id();
+    hosts[wiped].kill();
+    hosts[wiped].dir = tempfile::tempdir().unwrap();
+    let (before, rest) = hosts.split_at_mut(wiped.max(lead));
+    let (wiped, lead) = if wiped > lead {
+        (&mut rest[0], &before[lead])
+    } else {
+        (&mut before[wiped], &rest[0])
+    };
+    wiped.join(lead).await;
+    let new = wiped.node().raft_id();
+    assert!(new > former, "{new} after {former}");
+    let members = lead.node().members();
+    assert_eq!(members.len(), 3, "{members:?}");
+    assert!(
+        members
+            .iter()
+            .all(|member| member.voter && member.raft_id != former)
+    );
+    wiped.node().propose(numbered(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newcomer_gets_a_snapshot_when_the_log_is_gone() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(1, often_snapshots).await;
+    for number in 0..200 {
+        hosts[0].node().propose(numbered(number)).await.unwrap();
+    }
+    let mut newcomer = lab.host("n2", often_snapshots);
+    hosts[0].enroll(&newcomer).await;
+    newcomer.join(&hosts[0]).await;
+    let index = newcomer.node().propose(numbered(200)).await.unwrap();
+    newcomer.has_applied(index).await;
+    assert_eq!(networks(newcomer.node()).len(), 201);
+    assert_eq!(snapshots(&newcomer), 1);
+
+    // Both keep it over a restart of all.
+    newcomer.stop().await;
+    hosts[0].kill();
+    newcomer.start().await.unwrap();
+    hosts[0].start().await.unwrap();
+    for host in [&newcomer, &hosts[0]] {
+        within("reading", host.node().read()).await.unwrap();
+        assert_eq!(networks(host.node()).len(), 201);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_leave_only_while_quorum_stays() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let id = |host: &Host| host.node().raft_id();
+    let (other, down) = ((lead + 1) % 3, (lead + 2) % 3);
+    let (lead_id, other_id, down_id) = (id(&hosts[lead]), id(&hosts[other]), id(&hosts[down]));
+    let refused = hosts[other].node().remove_member(down_id).await;
+    assert!(matches!(refused, Err(MembershipError::NotLeader)));
+
+    hosts[down].kill();
+    let leading = hosts[lead].node().clone();
+    let unreachable = async {
+        // Reachability is a matter of time alone, so there is nothing to wait on.
+        while leading.members().iter().all(|member| member.reachable) {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("missing the dead one", unreachable).await;
+    let refused = leading
+        .remove_member(other_id)
+        .await
+        .unwrap_err()
+        .to_string();
+    let start = "can't remove member from the raft: this would result in a loss of quorum (";
+    assert!(refused.starts_with(start), "{refused}");
+    leading.remove_member(down_id).await.unwrap();
+    leading.remove_member(down_id).await.unwrap();
+
+    // The leader takes itself out: another leads then, alone.
+    within("leaving", leading.remove_member(lead_id))
+        .await
+        .unwrap();
+    leads(hosts[other].node()).await;
+    let members = hosts[other].node().members();
+    assert_eq!(members.len(), 1, "{members:?}");
+    hosts[other].node().propose(numbered(1)).await.unwrap();
+    let refused = hosts[other]
+        .node()
+        .remove_member(other_id)
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("last manager"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planned_stop_hands_leadership_over() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let (before, stopped) = (Instant::now(), hosts[lead].node().raft_id());
+    hosts[lead].stop().await;
+    let next = &hosts[(lead + 1) % 3];
+    let mut leadership = next.node().leadership();
+    let new = within(
+        "another leading",
+        leadership.wait_for(|now| {
+            now.leader
+                .as_ref()
+                .is_some_and(|leader| leader.raft_id != stopped)
+        }),
+    );
+    drop(new.await.unwrap());
+    next.node().propose(numbered(1)).await.unwrap();
+    println!("a write {:?} after the stop began", before.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_managers_are_answered_and_only_by_the_member_that_is_meant() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(1, |_| {}).await;
+    let addr = hosts[0].addr.to_string();
+    let worker = Identity::new(material(&lab.root, "w1", NodeRole::Worker)).unwrap();
+    let mut client = RaftClient::new(worker.channel(&addr).unwrap());
+    let status = client.read_index(ReadIndexRequest {}).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::PermissionDenied);
+
+    let peer = Identity::new(material(&lab.root, "n9", NodeRole::Manager)).unwrap();
+    let mut client = RaftClient::new(peer.channel(&addr).unwrap());
+    client.read_index(ReadIndexRequest {}).await.unwrap();
+    let message = RaftMessage {
+        to: 77,
+        from: 2,
+        cluster_id: "c1".into(),
+        body: vec![1].into(),
+    };
+    let status = client.vote(message.clone()).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::FailedPrecondition);
+    let to_me = RaftMessage { to: 1, ..message };
+    let status = client.vote(to_me).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+
+    // A manager's certificate alone does not make a member.
+    let host = lab.host("n9", |_| {});
+    let error = RaftNode::join(host.config(), vec![addr]).await.unwrap_err();
+    assert!(matches!(error, StartError::Join(_)), "{error}");
+    let _: NodeId = host.identity.node_id();
+}
