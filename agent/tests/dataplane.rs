@@ -142,7 +142,11 @@ impl Lab {
                 .count();
             assert_eq!(left, 0, "namespaces left on host {n}");
             let (_, links) = command(&self.netns(n), "ip -o link");
-            assert_eq!(links.lines().count(), 2, "links left: {links}");
+            let links: Vec<_> = links
+                .lines()
+                .filter(|line| line.starts_with(|c: char| c.is_ascii_digit()))
+                .collect();
+            assert_eq!(links.len(), 2, "links left: {links:?}");
             let (_, rules) = command(&self.netns(n), "nft list ruleset");
             assert_eq!(rules.trim(), "", "rules left");
         }
@@ -377,11 +381,8 @@ async fn a_service_without_a_backend_refuses_at_once() {
     let refused = begin.elapsed();
     let (reached, _) = command(&one.netns, "ping -c1 -W3 10.77.0.200");
     assert!(!reached);
-    assert!(
-        begin.elapsed() < Duration::from_millis(500),
-        "refused after {refused:?}, then a ping after {:?}",
-        begin.elapsed()
-    );
+    // (ping itself waits a second for more answers.)
+    assert!(refused < Duration::from_millis(500), "{refused:?}");
     edit(&mut view, 11, |endpoint| endpoint.ready = true);
     lab.set_network(&view).await;
     serve(&one.netns, 80, "back");
@@ -895,11 +896,45 @@ async fn one_replica_more_costs_little() {
         times.push(begin.elapsed());
     }
     times.sort();
-    println!(
-        "median of set_network with one replica more: {:?}",
-        times[10]
-    );
+    println!("set_network with one replica more: median {:?}", times[10]);
     let (found, _) = resolve(&one.netns, "tasks.web").unwrap();
     assert_eq!(found.len(), 22);
+    for n in 50..60 {
+        add_task(&mut view, n, 1);
+    }
+    lab.hosts[0].set_network(view.clone()).await.unwrap();
+    let (mut made, mut removed) = (Vec::new(), Vec::new());
+    for n in 50..60 {
+        let begin = Instant::now();
+        let spec = spec(&[&view], n);
+        lab.hosts[0].ensure_sandbox(&spec).await.unwrap();
+        made.push(begin.elapsed());
+    }
+    for n in 50..60 {
+        let begin = Instant::now();
+        lab.hosts[0].remove_sandbox(&task_id(n)).await.unwrap();
+        removed.push(begin.elapsed());
+    }
+    made.sort();
+    removed.sort();
+    println!(
+        "sandbox made: median {:?}, removed: {:?}",
+        made[5], removed[5]
+    );
+    for n in 50..60 {
+        let spec = spec(&[&view], n);
+        lab.hosts[0].ensure_sandbox(&spec).await.unwrap();
+    }
+    let begin = Instant::now();
+    let removals = (50..60).map(|n| {
+        let host = Arc::clone(&lab.hosts[0]);
+        tokio::spawn(async move { host.remove_sandbox(&task_id(n)).await })
+    });
+    for removal in removals.collect::<Vec<_>>() {
+        removal.await.unwrap().unwrap();
+    }
+    println!("ten removed side by side: {:?}", begin.elapsed());
+    let status = format!("/proc/{}/smaps_rollup", helper(&lab.run_dir(1)).unwrap());
+    println!("{}", std::fs::read_to_string(status).unwrap());
     lab.end().await;
 }

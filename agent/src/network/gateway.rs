@@ -18,7 +18,7 @@ use swarm_proto::v1::{PortConfig, PortProtocol};
 use super::NetworkError;
 use super::netns::{self, Netns};
 use super::nft::{Batch, Hook, Nft, TYPE_IPV4_PORT, TYPE_PROTO_PORT, Value};
-use super::overlay::{mac_of, short};
+use super::overlay::{SANDBOX_LINKS, mac_of, short};
 use super::route::{Route, VethEnd};
 
 /// Name of the bridge in the host's namespace.
@@ -429,11 +429,13 @@ impl Gateway {
                         mac: None,
                         netns: None,
                         master: Some(bridge.index),
+                        group: 0,
                     },
                     VethEnd {
                         name,
                         mac: Some(mac_of(addr)),
                         netns: Some(sandbox.fd()),
+                        group: SANDBOX_LINKS,
                         master: None,
                     },
                     mtu,
@@ -511,21 +513,30 @@ impl Gateway {
         batch.remove_elements(PORTS, &elements);
         super::netlink::ignore_gone(host.nft.commit(batch))
             .map_err(kernel("withdraw a published port"))?;
+        // A stream of datagrams would follow its old translation for ever, past the port's next owner.
+        let udp: Vec<Ipv4Addr> = bindings
+            .iter()
+            .filter(|binding| i32::from(binding.protocol) == libc::IPPROTO_UDP)
+            .map(|binding| binding.target.0)
+            .collect();
         self.bindings.remove(task);
-        Ok(())
+        if udp.is_empty() {
+            return Ok(());
+        }
+        host.nft
+            .forget_connections(|protocol, _, answers| {
+                i32::from(protocol) == libc::IPPROTO_UDP && udp.contains(&answers)
+            })
+            .map_err(kernel("forget the flows of a published port"))
     }
 
     /// Takes a sandbox off the bridge. Already gone is success.
     pub fn detach(&mut self, host: &Host, task: &TaskId) -> Result<(), NetworkError> {
         let unpublished = self.unpublish(host, task);
-        if let Some(addr) = self.leases.remove(task) {
+        if self.leases.remove(task).is_some() {
             host.route
                 .remove_link(&port_name(task))
                 .map_err(kernel("remove a link of the gateway bridge"))?;
-            // Whoever gets the address next must not get the packets of its old connections.
-            if let Err(error) = host.nft.forget_connections(|_, _, answers| answers == addr) {
-                tracing::debug!(%error, "cannot forget connections of {addr}");
-            }
         }
         unpublished
     }

@@ -20,7 +20,7 @@ use swarm_proto::{NetworkId, TaskId};
 pub use super::config::DataplaneConfig;
 use super::gateway::{Gateway, Host};
 use super::names::client::Names;
-use super::overlay::{Forwarding, Overlay, Shape, Underlay, endpoint_addr, short};
+use super::overlay::{Forwarding, Overlay, SANDBOX_LINKS, Shape, Underlay, endpoint_addr, short};
 use super::sandbox::{Live, Plan};
 use super::{Dataplane, NetworkError, NetworkView, Sandbox, SandboxSpec, netns};
 
@@ -299,7 +299,12 @@ impl Inner {
     /// Removes all of a sandbox, going on after failures; the first is the result.
     fn dismantle(&self, live: Live) -> Result<(), NetworkError> {
         let task = live.plan.spec.task_id.clone();
-        let mut result = Ok(());
+        // From the inside, with no lock held that others need: the kernel takes some ten milliseconds for it.
+        let mut result = live
+            .netns
+            .route
+            .remove_group(SANDBOX_LINKS)
+            .map_err(kernel(format!("remove the links of task {task}")));
         {
             let host = self.host.lock();
             result = result.and(self.gateway.lock().detach(&host, &task));
@@ -307,8 +312,6 @@ impl Inner {
         for (network, _) in &live.plan.attachments {
             result = result.and(self.detach_network(&task, network));
         }
-        // Whoever still holds the namespace open, its rules need not stay in memory.
-        let _ = live.netns.nft.clear();
         drop(live);
         result.and(
             netns::remove(&self.sandbox_path(&task))
@@ -494,7 +497,28 @@ impl Dataplane for KernelDataplane {
             .collect::<Result<Vec<_>, _>>()?;
         // Before the namespaces go, or the name server would keep them.
         self.inner.names.retain(&plans).await?;
-        self.blocking(move |inner| inner.reconcile(plans)).await
+        let adopted = self
+            .blocking(move |inner| {
+                let result = inner.reconcile(plans);
+                let slots: Vec<_> = inner.sandboxes.lock().values().cloned().collect();
+                let adopted: Vec<_> = slots
+                    .iter()
+                    .filter_map(|slot| {
+                        let slot = slot.lock();
+                        let live = slot.as_ref()?;
+                        let path = live.netns.path().to_owned();
+                        Some((live.plan.clone(), path, live.gateway_addr.is_some()))
+                    })
+                    .collect();
+                Ok((adopted, result))
+            })
+            .await;
+        let (adopted, mut result) = adopted?;
+        // Whether or not the name server outlived us, it serves them from now on.
+        for (plan, path, external) in adopted {
+            result = result.and(self.inner.names.set_sandbox(&plan, &path, external).await);
+        }
+        result
     }
 
     async fn set_underlay(&self, addr: IpAddr, port: u16) -> Result<(), NetworkError> {

@@ -19,6 +19,8 @@ use super::route::{Mac, Route, VethEnd, Vxlan};
 use super::{NetworkError, NetworkView};
 
 const BRIDGE: &str = "br0";
+/// Group of the links in a sandbox.
+pub const SANDBOX_LINKS: u32 = 42;
 /// What VXLAN adds to a packet over IPv4.
 const OVERHEAD: u32 = 50;
 
@@ -361,11 +363,13 @@ impl Overlay {
                     mac: None,
                     netns: None,
                     master: Some(self.bridge),
+                    group: 0,
                 },
                 VethEnd {
                     name,
                     mac: Some(mac),
                     netns: Some(sandbox.fd()),
+                    group: SANDBOX_LINKS,
                     master: None,
                 },
                 self.mtu,

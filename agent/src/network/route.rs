@@ -69,6 +69,8 @@ pub struct VethEnd<'a> {
     pub netns: Option<BorrowedFd<'a>>,
     /// The bridge it becomes a port of.
     pub master: Option<u32>,
+    /// Links of one group can be removed together.
+    pub group: u32,
 }
 
 /// Routing and links of the namespace that it was opened in.
@@ -169,7 +171,14 @@ impl Route {
 
     /// The link of that name.
     pub fn link(&self, name: &str) -> io::Result<Option<Link>> {
-        Ok(self.links()?.into_iter().find(|link| link.name == name))
+        let mut request = Request::default();
+        request
+            .message(libc::RTM_GETLINK, ACK, &link_header(0, 0, false))
+            .text(libc::IFLA_IFNAME, name);
+        match self.socket.dump(&request, parse_link) {
+            Ok(found) => Ok(found.into_iter().next()),
+            Err(error) => ignore_gone(Err(error)).map(|()| None),
+        }
     }
 
     /// Every IPv4 address with its link's number.
@@ -270,6 +279,7 @@ impl Route {
             if let Some(master) = end.master {
                 request.u32(libc::IFLA_MASTER, master);
             }
+            request.u32(libc::IFLA_GROUP, end.group);
         }
         self.call(|request| {
             request.message(
@@ -337,6 +347,15 @@ impl Route {
             request
                 .message(libc::RTM_DELLINK, ACK, &link_header(0, 0, false))
                 .text(libc::IFLA_IFNAME, name);
+        }))
+    }
+
+    /// Removes all links of a group at once: the kernel waits for its readers only once. None is success.
+    pub fn remove_group(&self, group: u32) -> io::Result<()> {
+        ignore_gone(self.call(|request| {
+            request
+                .message(libc::RTM_DELLINK, ACK, &link_header(0, 0, false))
+                .u32(libc::IFLA_GROUP, group);
         }))
     }
 

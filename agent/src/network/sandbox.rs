@@ -99,11 +99,15 @@ impl Live {
     pub fn set_balance(&mut self, views: &[&NetworkView], gone: &[Ipv4Addr]) -> io::Result<()> {
         let task: &TaskId = &self.plan.spec.task_id;
         let wanted = lb::plan(task, views.iter().copied());
-        let withdrawn = match &self.balance {
-            Some(old) if *old == wanted => Default::default(),
+        let withdrawn = match self.balance.take() {
+            Some(old) if old == wanted => Default::default(),
             Some(old) => {
-                self.netns.nft.commit(lb::update(old, &wanted))?;
-                lb::withdrawn(old, &wanted)
+                if let Err(error) = self.netns.nft.commit(lb::update(&old, &wanted)) {
+                    // Somebody else has been at our table: write it anew.
+                    tracing::warn!(%task, %error, "load balancing is not as it was left");
+                    self.netns.nft.commit(lb::install(&wanted))?;
+                }
+                lb::withdrawn(&old, &wanted)
             }
             None => {
                 self.netns.nft.commit(lb::install(&wanted))?;
