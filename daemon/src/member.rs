@@ -1,14 +1,21 @@
 //! What runs while this node is part of a swarm: the agent, the renewal of its
 //! certificate, and the manager while its certificate says so.
+//!
+//! Starts three loops: what the session says is told to whoever renews; the
+//! certificate is renewed; the manager follows the certificate's role.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Result;
 use swarm_agent::agent::{Agent, AgentConfig};
-use swarm_identity::{DataKey, Identity, KeyStore, keep_renewed};
+use swarm_agent::description::{DescriptionConfig, HostDescription};
+use swarm_agent::network::Dataplane;
+use swarm_agent::runtime::Runtime;
+use swarm_agent::session::SessionState;
+use swarm_identity::{Identity, KeyStore, keep_renewed};
 use swarm_proto::v1::NodeRole;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +27,26 @@ use crate::switch::{PREPARING, WORKER};
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 
+/// What a member is started with.
+pub struct MemberConfig {
+    /// For the manager.
+    pub context: ManagerContext,
+    /// Where the node is.
+    pub settings: Settings,
+    /// Where its certificate is kept.
+    pub key_store: KeyStore,
+    /// Where the agent keeps what survives it.
+    pub data_dir: std::path::PathBuf,
+    /// Its name.
+    pub hostname: String,
+    /// Labels of whoever runs it.
+    pub engine_labels: Vec<(String, String)>,
+    /// Containers.
+    pub runtime: Arc<dyn Runtime>,
+    /// Networks.
+    pub dataplane: Arc<dyn Dataplane>,
+}
+
 /// A node in a swarm.
 pub struct Member {
     /// Who it is.
@@ -27,7 +54,9 @@ pub struct Member {
     /// Where it is.
     pub settings: Settings,
     /// Its agent.
-    pub agent: Arc<Agent>,
+    pub agent: Agent,
+    managers: watch::Receiver<Vec<String>>,
+    description: HostDescription,
     manager: Arc<Mutex<Option<RunningManager>>>,
     context: ManagerContext,
     cancel: CancellationToken,
@@ -35,53 +64,79 @@ pub struct Member {
 }
 
 impl Member {
-    /// Starts the agent, and the manager (with `beginning`) when the certificate is a manager's.
+    /// Starts the manager (if it has a `beginning`) and the agent.
     ///
     /// # Errors
-    /// The manager or the agent cannot be started: nothing runs then.
-    pub async fn start(
-        context: ManagerContext,
-        agent_config: AgentConfig,
-        settings: Settings,
-        key_store: KeyStore,
-        beginning: Option<Beginning>,
-    ) -> anyhow::Result<Self> {
+    /// One of them cannot be started: nothing runs then.
+    pub async fn start(config: MemberConfig, beginning: Option<Beginning>) -> Result<Self> {
+        let context = config.context;
         let identity = Arc::clone(&context.identity);
-        let mut running = None;
         context.slot.close(WORKER);
+        let mut manager = None;
         if let Some(beginning) = beginning {
             context.slot.close(PREPARING);
-            running = Some(RunningManager::start(&context, beginning).await?);
+            manager = Some(RunningManager::start(&context, beginning).await?);
         }
-        let agent = match Agent::start(agent_config).await {
-            Ok(agent) => Arc::new(agent),
+        let mut remotes = config.settings.remotes.clone();
+        if manager.is_some() {
+            // Its own manager first: it needs no network.
+            remotes.insert(0, config.settings.advertise_addr.to_string());
+        }
+        let agent = start_agent(AgentParts {
+            description: DescriptionConfig {
+                hostname: config.hostname,
+                data_path_addr: config.settings.data_path_addr.to_string(),
+                engine_version: env!("CARGO_PKG_VERSION").to_owned(),
+                engine_labels: config.engine_labels,
+                trust_root_digest: identity.root_digest().to_string(),
+            },
+            identity: Arc::clone(&identity),
+            remotes: remotes.clone(),
+            data_dir: config.data_dir,
+            data_path_addr: config.settings.data_path_addr,
+            runtime: config.runtime,
+            dataplane: config.dataplane,
+        })
+        .await;
+        let (agent, description) = match agent {
+            Ok(parts) => parts,
             Err(error) => {
-                if let Some(running) = running {
-                    running.stop(&context).await;
+                if let Some(manager) = manager {
+                    manager.stop(&context).await;
                 }
-                return Err(error.into());
+                return Err(error);
             }
         };
         let cancel = CancellationToken::new();
         let mut loops = JoinSet::new();
-        loops.spawn(keep_renewed(
-            Arc::clone(&identity),
-            key_store,
-            agent.managers(),
-            agent.role(),
+        let (role_sender, role) = watch::channel(identity.role());
+        let (managers_sender, managers) = watch::channel(remotes);
+        loops.spawn(tell_session(
+            agent.session(),
+            role_sender,
+            managers_sender,
             cancel.clone(),
         ));
-        let manager = Arc::new(Mutex::new(running));
+        loops.spawn(keep_renewed(
+            Arc::clone(&identity),
+            config.key_store,
+            managers.clone(),
+            role,
+            cancel.clone(),
+        ));
+        let manager = Arc::new(Mutex::new(manager));
         loops.spawn(follow_role(
             context.clone(),
             Arc::clone(&manager),
-            agent.managers(),
+            managers.clone(),
             cancel.clone(),
         ));
         Ok(Self {
             identity,
-            settings,
+            settings: config.settings,
             agent,
+            managers,
+            description,
             manager,
             context,
             cancel,
@@ -89,13 +144,22 @@ impl Member {
         })
     }
 
-    /// The manager, while there is one.
-    pub async fn with_manager<T>(&self, look: impl FnOnce(&RunningManager) -> T) -> Option<T> {
-        self.manager.lock().await.as_ref().map(look)
+    /// host:port of the managers, as last heard.
+    #[must_use]
+    pub fn managers(&self) -> Vec<String> {
+        self.managers.borrow().clone()
     }
 
-    /// Takes this manager out of the raft group, if it is in one and the others let it.
-    pub async fn leave_raft(&self) {
+    /// Asks the manager something, while there is one that is not just starting or stopping.
+    pub fn with_manager<T>(&self, look: impl FnOnce(&RunningManager) -> T) -> Option<T> {
+        self.manager.try_lock().ok()?.as_ref().map(look)
+    }
+
+    /// Ends the tasks, tells the managers, and takes this manager out of the raft group, as far as the others let it.
+    pub async fn leave(&mut self) {
+        if let Err(error) = self.agent.leave().await {
+            tracing::warn!(%error, "leaving");
+        }
         if let Some(manager) = self.manager.lock().await.as_ref() {
             manager.leave().await;
         }
@@ -105,11 +169,78 @@ impl Member {
     pub async fn stop(mut self) {
         self.cancel.cancel();
         while self.loops.join_next().await.is_some() {}
-        // The manager first: it hands its leadership over while its agent still reports.
+        // The manager first: it hands its leadership over.
         if let Some(manager) = self.manager.lock().await.take() {
             manager.stop(&self.context).await;
         }
         self.agent.stop().await;
+        self.description.stop().await;
+    }
+}
+
+struct AgentParts {
+    description: DescriptionConfig,
+    identity: Arc<Identity>,
+    remotes: Vec<String>,
+    data_dir: std::path::PathBuf,
+    data_path_addr: std::net::IpAddr,
+    runtime: Arc<dyn Runtime>,
+    dataplane: Arc<dyn Dataplane>,
+}
+
+async fn start_agent(parts: AgentParts) -> Result<(Agent, HostDescription)> {
+    let description =
+        HostDescription::start(parts.description, Arc::clone(&parts.dataplane)).await?;
+    let started = Agent::start(AgentConfig {
+        data_dir: parts.data_dir,
+        node_id: parts.identity.node_id(),
+        remotes: parts.remotes,
+        data_path_addr: parts.data_path_addr,
+        description: description.watch(),
+        connector: Arc::new(parts.identity),
+        runtime: parts.runtime,
+        dataplane: parts.dataplane,
+    })
+    .await;
+    match started {
+        Ok(agent) => Ok((agent, description)),
+        Err(error) => {
+            description.stop().await;
+            Err(error.into())
+        }
+    }
+}
+
+/// Tells what the session says of this node's role and of the managers.
+async fn tell_session(
+    mut session: watch::Receiver<SessionState>,
+    role: watch::Sender<NodeRole>,
+    managers: watch::Sender<Vec<String>>,
+    cancel: CancellationToken,
+) {
+    loop {
+        if let Some(info) = session.borrow_and_update().info.clone() {
+            if let Some(node) = &info.node {
+                let granted = node.role();
+                role.send_if_modified(|role| std::mem::replace(role, granted) != granted);
+            }
+            let addrs: Vec<String> = info.managers.into_iter().map(|peer| peer.addr).collect();
+            if !addrs.is_empty() {
+                managers.send_if_modified(|known| {
+                    let news = *known != addrs;
+                    *known = addrs;
+                    news
+                });
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = session.changed() => if changed.is_err() {
+                // The agent has left; renewal goes on with what is known until the end.
+                cancel.cancelled().await;
+                return;
+            }
+        }
     }
 }
 
@@ -117,59 +248,30 @@ impl Member {
 async fn follow_role(
     context: ManagerContext,
     manager: Arc<Mutex<Option<RunningManager>>>,
-    managers: tokio::sync::watch::Receiver<Vec<String>>,
+    managers: watch::Receiver<Vec<String>>,
     cancel: CancellationToken,
 ) {
     let mut changed = context.identity.changed();
     let mut retry = RETRY_FIRST;
     loop {
         changed.borrow_and_update();
-        let mut failed = false;
-        {
-            let mut manager = manager.lock().await;
-            match (context.identity.role(), manager.is_some()) {
-                (NodeRole::Manager, false) => {
-                    context.slot.close(PREPARING);
-                    let remotes = managers.borrow().clone();
-                    let beginning = Beginning::for_promotion(&context, remotes);
-                    tokio::select! {
-                        () = cancel.cancelled() => return,
-                        started = RunningManager::start(&context, beginning) => match started {
-                            Ok(running) => {
-                                tracing::info!("this node is a manager now");
-                                *manager = Some(running);
-                            }
-                            Err(error) => {
-                                tracing::warn!(error = format!("{error:#}"), "the manager is not started, will try again");
-                                failed = true;
-                            }
-                        }
-                    }
+        let step = match_role(&context, &manager, managers.borrow().clone());
+        let failed = tokio::select! {
+            () = cancel.cancelled() => return,
+            done = step => done.err(),
+        };
+        let again = async {
+            match &failed {
+                Some(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "the manager is not started, will try again");
+                    tokio::time::sleep(retry).await;
                 }
-                (NodeRole::Worker, true) => {
-                    if let Some(running) = manager.take() {
-                        running.stop(&context).await;
-                    }
-                    context.slot.close(WORKER);
-                    // It was taken out of the group; as a manager again it will be a new member.
-                    if let Err(error) = context.wipe_raft() {
-                        tracing::error!(%error, "the raft log of the former manager is not removed");
-                    }
-                    tracing::info!("this node is a worker now");
-                }
-                _ => {}
-            }
-        }
-        let wait = async {
-            if failed {
-                tokio::time::sleep(retry).await;
-            } else {
-                std::future::pending::<()>().await;
+                None => std::future::pending().await,
             }
         };
         tokio::select! {
             () = cancel.cancelled() => return,
-            () = wait => retry = (retry * 2).min(RETRY_MAX),
+            () = again => retry = (retry * 2).min(RETRY_MAX),
             result = changed.changed() => {
                 retry = RETRY_FIRST;
                 if result.is_err() {
@@ -178,4 +280,31 @@ async fn follow_role(
             }
         }
     }
+}
+
+async fn match_role(
+    context: &ManagerContext,
+    manager: &Mutex<Option<RunningManager>>,
+    remotes: Vec<String>,
+) -> Result<()> {
+    let mut manager = manager.lock().await;
+    match (context.identity.role(), manager.is_some()) {
+        (NodeRole::Manager, false) => {
+            context.slot.close(PREPARING);
+            let beginning = Beginning::resume(&context.raft_dir, remotes);
+            *manager = Some(RunningManager::start(context, beginning).await?);
+            tracing::info!("this node is a manager now");
+        }
+        (NodeRole::Worker, running) => {
+            if running && let Some(running) = manager.take() {
+                running.stop(context).await;
+                tracing::info!("this node is a worker now");
+            }
+            context.slot.close(WORKER);
+            // It was taken out of the group; as a manager again it will be a new member.
+            context.wipe_raft()?;
+        }
+        (NodeRole::Manager, true) => {}
+    }
+    Ok(())
 }

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use swarm_agent::agent::AgentConfig;
-use swarm_agent::network::KernelDataplane;
+use swarm_agent::agent::{Agent, AgentError};
+use swarm_agent::network::{Dataplane as _, KernelDataplane};
 use swarm_agent::runtime::{
     ExecConfig, ExecSession, LogOptions, LogStream, OciRuntime, RuntimeError,
 };
@@ -23,17 +23,22 @@ use swarm_proto::v1::{
     LeaveClusterResponse, LocalNetwork, LocalState, NodeAvailability, NodeRole, Platform,
     RegistryAuth,
 };
-use tokio::sync::{Mutex, mpsc};
+use sha2::{Digest as _, Sha256};
+use swarm_proto::NodeId;
+use tokio::sync::{RwLock, mpsc};
 use tonic::Status;
 
 use crate::address;
 use crate::config::{Args, File};
 use crate::found;
-use crate::manager::{Beginning, ManagerContext};
-use crate::member::Member;
+use crate::local::runtime_status;
+use crate::manager::{Beginning, ManagerContext, RunningManager};
+use crate::member::{Member, MemberConfig};
 use crate::settings::Settings;
 use crate::switch::{ManagerSlot, NOT_IN_A_SWARM};
 
+/// Name of the bridge that gives containers their way out.
+const GATEWAY: &str = "swarm_gwbridge";
 const ALREADY: &str = "This node is already part of a swarm. Use \"swarm leave\" to leave this swarm and join another one.";
 const OUTSIDE: &str = "This node is not part of a swarm";
 const LEAVING_LAST: &str = "You are attempting to leave the swarm on a node that is participating as a manager. Removing the last manager erases all current state of the swarm. Use `--force` to ignore this message.";
@@ -49,7 +54,7 @@ pub struct Node {
     dataplane: Arc<KernelDataplane>,
     /// Why the process must end: said to `main`.
     fatal: mpsc::Sender<String>,
-    member: Mutex<Option<Member>>,
+    member: RwLock<Option<Member>>,
 }
 
 impl Node {
@@ -73,7 +78,7 @@ impl Node {
             runtime,
             dataplane,
             fatal,
-            member: Mutex::new(None),
+            member: RwLock::new(None),
         })
     }
 
@@ -82,7 +87,7 @@ impl Node {
     /// # Errors
     /// What is on disk cannot be used; the error names the file.
     pub async fn resume(&self) -> anyhow::Result<()> {
-        let mut member = self.member.lock().await;
+        let mut member = self.member.write().await;
         let stored = self.key_store().load()?;
         let settings = Settings::load(&self.args.data_dir)?;
         let (Some(stored), Some(settings)) = (stored, settings) else {
@@ -105,7 +110,7 @@ impl Node {
     /// # Errors
     /// It is in one already, or a value is no good: nothing is changed.
     pub async fn init(&self, request: InitRequest) -> Result<InitResponse, Status> {
-        let mut member = self.member.lock().await;
+        let mut member = self.member.write().await;
         if member.is_some() {
             return Err(Status::failed_precondition(ALREADY));
         }
@@ -149,7 +154,7 @@ impl Node {
     /// # Errors
     /// It is in one already, a value is no good, or the swarm refuses: nothing is changed.
     pub async fn join(&self, request: JoinClusterRequest) -> Result<JoinClusterResponse, Status> {
-        let mut member = self.member.lock().await;
+        let mut member = self.member.write().await;
         if member.is_some() {
             return Err(Status::failed_precondition(ALREADY));
         }
@@ -250,12 +255,8 @@ impl Node {
         settings: Settings,
         beginning: Option<Beginning>,
     ) -> anyhow::Result<Member> {
-        let mut remotes = settings.remotes.clone();
-        if beginning.is_some() {
-            remotes.insert(0, settings.advertise_addr.to_string());
-        }
         let context = ManagerContext {
-            identity: Arc::clone(&identity),
+            identity,
             data_key,
             raft_dir: self.args.data_dir.join("raft"),
             advertise_addr: settings.advertise_addr,
@@ -263,17 +264,17 @@ impl Node {
             slot: self.slot.clone(),
             fatal: self.fatal.clone(),
         };
-        let agent = AgentConfig {
-            data_dir: self.agent_dir(),
-            identity,
-            remotes,
-            data_path_addr: settings.data_path_addr,
+        let config = MemberConfig {
+            context,
+            settings,
+            key_store: self.key_store(),
+            data_dir: self.args.data_dir.clone(),
             hostname: self.hostname.clone(),
-            engine_labels: self.file.engine_labels.clone(),
+            engine_labels: self.file.engine_labels.clone().into_iter().collect(),
             runtime: self.runtime.clone(),
             dataplane: self.dataplane.clone(),
         };
-        Member::start(context, agent, settings, self.key_store(), beginning).await
+        Member::start(config, beginning).await
     }
 
     /// Takes this node out of its swarm: its tasks end, its networks and identity are removed.
@@ -281,12 +282,12 @@ impl Node {
     /// # Errors
     /// It is in none, or is a manager and `force` is not given.
     pub async fn leave(&self, force: bool) -> Result<LeaveClusterResponse, Status> {
-        let mut slot = self.member.lock().await;
-        let Some(member) = slot.as_ref() else {
-            return Err(Status::failed_precondition(OUTSIDE));
+        let mut slot = self.member.write().await;
+        let Some(member) = slot.as_mut() else {
+            return Err(outside());
         };
         if !force
-            && let Some(managers) = member.with_manager(|manager| manager.voters()).await
+            && let Some(managers) = member.with_manager(RunningManager::voters)
         {
             return Err(Status::failed_precondition(if managers <= 1 {
                 LEAVING_LAST
@@ -294,8 +295,7 @@ impl Node {
                 LEAVING_MANAGER
             }));
         }
-        member.agent.leave().await;
-        member.leave_raft().await;
+        member.leave().await;
         if let Some(member) = slot.take() {
             member.stop().await;
         }
@@ -310,7 +310,7 @@ impl Node {
 
     /// Stops; containers, connections and names go on.
     pub async fn stop(&self) {
-        if let Some(member) = self.member.lock().await.take() {
+        if let Some(member) = self.member.write().await.take() {
             member.stop().await;
         }
     }
@@ -323,7 +323,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         };
-        let Some(member) = &*self.member.lock().await else {
+        let Some(member) = &*self.member.read().await else {
             return info;
         };
         info.set_state(LocalState::Active);
@@ -332,11 +332,11 @@ impl Node {
         info.set_role(member.identity.role());
         info.advertise_addr = member.settings.advertise_addr.to_string();
         info.data_path_addr = member.settings.data_path_addr.to_string();
-        info.managers = member.agent.managers().borrow().clone();
+        info.managers = member.managers();
         info.containers_running = u32::try_from(member.agent.containers_running()).unwrap_or(u32::MAX);
         info.certificate_expires = Some(member.identity.validity().not_after.into());
         info.control_available = self.slot.is_open();
-        if let Some((nodes, managers)) = member.with_manager(|manager| manager.counts()).await {
+        if let Some((nodes, managers)) = member.with_manager(RunningManager::counts) {
             info.node_count = nodes;
             info.manager_count = managers;
         }
@@ -345,10 +345,10 @@ impl Node {
 
     /// The gateway bridge, and the overlay networks that a task of this node is on.
     pub async fn local_networks(&self) -> Vec<LocalNetwork> {
-        let Some(member) = &*self.member.lock().await else {
+        let Some(member) = &*self.member.read().await else {
             return Vec::new();
         };
-        member.agent.local_networks().await
+        local_networks(&member.agent, &member.identity.node_id()).await
     }
 
     /// What the registry says of an image now.
@@ -368,10 +368,9 @@ impl Node {
     /// # Errors
     /// There is no such task here, or the process cannot be started.
     pub async fn exec(&self, task: &str, config: ExecConfig) -> Result<ExecSession, Status> {
-        let member = self.member.lock().await;
-        let agent = Arc::clone(&member.as_ref().ok_or_else(outside)?.agent);
-        drop(member);
-        agent.exec(task, config).await.map_err(Into::into)
+        let member = self.member.read().await;
+        let agent = &member.as_ref().ok_or_else(outside)?.agent;
+        agent.exec(task, config).await.map_err(|error| agent_status(&error))
     }
 
     /// The output of a task of this node.
@@ -379,10 +378,9 @@ impl Node {
     /// # Errors
     /// There is no such task here.
     pub async fn logs(&self, task: &str, options: LogOptions) -> Result<LogStream, Status> {
-        let member = self.member.lock().await;
-        let agent = Arc::clone(&member.as_ref().ok_or_else(outside)?.agent);
-        drop(member);
-        agent.logs(task, options).await.map_err(Into::into)
+        let member = self.member.read().await;
+        let agent = &member.as_ref().ok_or_else(outside)?.agent;
+        agent.logs(task, options).await.map_err(|error| agent_status(&error))
     }
 
     fn key_store(&self) -> KeyStore {
@@ -448,6 +446,53 @@ fn with_port(remote: &str) -> String {
         Ok(addr) => std::net::SocketAddr::new(addr, swarm_proto::defaults::API_PORT).to_string(),
         Err(_) if remote.contains(':') => remote.to_owned(),
         Err(_) => format!("{remote}:{}", swarm_proto::defaults::API_PORT),
+    }
+}
+
+/// The gateway bridge with its own ID, then the overlay networks that exist here now.
+async fn local_networks(agent: &Agent, node: &NodeId) -> Vec<LocalNetwork> {
+    let mut networks = Vec::new();
+    if let Some(subnet) = agent.gateway_subnet() {
+        networks.push(LocalNetwork {
+            id: gateway_id(node),
+            name: GATEWAY.to_owned(),
+            driver: "bridge".to_owned(),
+            scope: "local".to_owned(),
+            subnets: vec![subnet],
+            ..LocalNetwork::default()
+        });
+    }
+    for network in agent.held_networks().await.into_values() {
+        let spec = network.spec.clone().unwrap_or_default();
+        let pools = network.subnets.iter().filter_map(|subnet| subnet.pool.as_ref());
+        networks.push(LocalNetwork {
+            id: network.id.clone(),
+            name: spec.annotations.unwrap_or_default().name,
+            driver: spec.driver,
+            scope: "swarm".to_owned(),
+            subnets: pools.map(|pool| pool.subnet.clone()).collect(),
+            internal: spec.internal,
+            network: Some(network),
+        });
+    }
+    networks
+}
+
+/// The node's own bridge has an ID of the node's own: the same one for as long as the node is a member.
+fn gateway_id(node: &NodeId) -> String {
+    let digest = Sha256::digest(format!("{GATEWAY} {node}"));
+    swarm_proto::id::encode(u128::from_be_bytes(
+        digest[..16].try_into().expect("a SHA-256 has 32 bytes"),
+    ))
+}
+
+fn agent_status(error: &AgentError) -> Status {
+    match error {
+        AgentError::Runtime(error) => runtime_status(error),
+        AgentError::NoSuchTask(_) => Status::not_found(error.to_string()),
+        AgentError::Ambiguous(_) => Status::invalid_argument(error.to_string()),
+        AgentError::Stopped => Status::unavailable(error.to_string()),
+        AgentError::Local(_) | AgentError::Network(_) => Status::internal(error.to_string()),
     }
 }
 
