@@ -19,16 +19,22 @@ pub struct LocalAddress {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
     /// Neither an address nor an interface of this machine.
-    #[error("{text:?} is neither an IP address (with or without a port) nor an interface of this machine")]
+    #[error(
+        "{text:?} is neither an IP address (with or without a port) nor an interface of this machine"
+    )]
     Invalid {
         /// As given.
         text: String,
     },
     /// The machine has no address that others could reach.
-    #[error("could not find an IP address to advertise: this system has only loopback addresses - specify one with --advertise-addr")]
+    #[error(
+        "could not find an IP address to advertise: this system has only loopback addresses - specify one with --advertise-addr"
+    )]
     None,
     /// The machine, or the interface, has several.
-    #[error("could not choose an IP address to advertise since this system has multiple addresses {place} ({list}) - specify one with --advertise-addr")]
+    #[error(
+        "could not choose an IP address to advertise since this system has multiple addresses {place} ({list}) - specify one with --advertise-addr"
+    )]
     Several {
         /// "on interface eth0" or "on different interfaces".
         place: String,
@@ -50,7 +56,10 @@ pub enum AddressError {
 pub fn local_addresses() -> std::io::Result<Vec<LocalAddress>> {
     let mut found = Vec::new();
     for interface in nix::ifaddrs::getifaddrs()? {
-        if !interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_UP) {
+        if !interface
+            .flags
+            .contains(nix::net::if_::InterfaceFlags::IFF_UP)
+        {
             continue;
         }
         let Some(address) = interface.address else {
@@ -102,10 +111,7 @@ pub fn advertise(text: &str, local: &[LocalAddress]) -> Result<SocketAddr, Addre
         None => (text, API_PORT),
     };
     let (candidates, place): (Vec<&LocalAddress>, String) = if name.is_empty() {
-        (
-            local.iter().collect(),
-            "on different interfaces".to_owned(),
-        )
+        (local.iter().collect(), "on different interfaces".to_owned())
     } else {
         let on: Vec<_> = local.iter().filter(|a| a.interface == name).collect();
         if on.is_empty() {
@@ -176,8 +182,14 @@ mod tests {
 
     #[test]
     fn an_address_is_taken_as_it_is_and_gets_the_port() {
-        assert_eq!(advertise("10.1.2.3", &[]).unwrap().to_string(), "10.1.2.3:2377");
-        assert_eq!(advertise("10.1.2.3:9", &[]).unwrap().to_string(), "10.1.2.3:9");
+        assert_eq!(
+            advertise("10.1.2.3", &[]).unwrap().to_string(),
+            "10.1.2.3:2377"
+        );
+        assert_eq!(
+            advertise("10.1.2.3:9", &[]).unwrap().to_string(),
+            "10.1.2.3:9"
+        );
         assert_eq!(advertise("::2", &[]).unwrap().to_string(), "[::2]:2377");
     }
 
@@ -185,8 +197,14 @@ mod tests {
     fn the_only_address_is_found() {
         let one = local(&[("eth0", "10.0.0.5"), ("eth0", "2001:db8::1")]);
         assert_eq!(advertise("", &one).unwrap().to_string(), "10.0.0.5:2377");
-        assert_eq!(advertise("eth0", &one).unwrap().to_string(), "10.0.0.5:2377");
-        assert_eq!(advertise("eth0:77", &one).unwrap().to_string(), "10.0.0.5:77");
+        assert_eq!(
+            advertise("eth0", &one).unwrap().to_string(),
+            "10.0.0.5:2377"
+        );
+        assert_eq!(
+            advertise("eth0:77", &one).unwrap().to_string(),
+            "10.0.0.5:77"
+        );
     }
 
     #[test]
@@ -200,7 +218,10 @@ mod tests {
     #[test]
     fn what_is_no_address_is_refused() {
         for text in ["nonsense", "eth9", "0.0.0.0", "10.0.0.0/8", "a:b:c", ":x"] {
-            assert!(advertise(text, &local(&[("eth0", "10.0.0.5")])).is_err(), "{text}");
+            assert!(
+                advertise(text, &local(&[("eth0", "10.0.0.5")])).is_err(),
+                "{text}"
+            );
         }
         assert_eq!(advertise("", &[]), Err(AddressError::None));
     }
@@ -208,6 +229,9 @@ mod tests {
     #[test]
     fn listening_is_everywhere_by_default() {
         assert_eq!(listen("", &[]).unwrap().to_string(), "0.0.0.0:2377");
-        assert_eq!(listen("127.0.0.1", &[]).unwrap().to_string(), "127.0.0.1:2377");
+        assert_eq!(
+            listen("127.0.0.1", &[]).unwrap().to_string(),
+            "127.0.0.1:2377"
+        );
     }
 }

@@ -33,9 +33,9 @@ pub fn params(
     };
     let mut pools: Vec<Ipv4Net> = Vec::new();
     for text in &request.default_addr_pool {
-        let pool: Ipv4Net = text
-            .parse()
-            .map_err(|_| format!("invalid default address pool {text}: invalid CIDR block notation"))?;
+        let pool: Ipv4Net = text.parse().map_err(|_| {
+            format!("invalid default address pool {text}: invalid CIDR block notation")
+        })?;
         if pool.trunc() != pool {
             return Err(format!(
                 "invalid default address pool {text}: it should be {}",
@@ -47,8 +47,13 @@ pub fn params(
                 "the default address pool {pool} is smaller than one subnet of it (/{subnet_size})"
             ));
         }
-        if let Some(other) = pools.iter().find(|other| other.contains(&pool) || pool.contains(*other)) {
-            return Err(format!("the default address pools {other} and {pool} overlap"));
+        if let Some(other) = pools
+            .iter()
+            .find(|other| other.contains(&pool) || pool.contains(*other))
+        {
+            return Err(format!(
+                "the default address pools {other} and {pool} overlap"
+            ));
         }
         pools.push(pool);
     }
@@ -74,7 +79,11 @@ pub fn params(
         },
         subnet_size,
         data_path_port,
-        node_cert_expiry: at_least(request.node_cert_expiry, CERT_LIFE_MIN, "certificate expiry")?,
+        node_cert_expiry: at_least(
+            request.node_cert_expiry,
+            CERT_LIFE_MIN,
+            "certificate expiry",
+        )?,
         heartbeat_period: at_least(request.heartbeat_period, HEARTBEAT_MIN, "heartbeat period")?,
     })
 }
@@ -119,7 +128,11 @@ mod tests {
             with(|request| request.default_addr_pool = vec![text])
         };
         assert!(pool("foo").unwrap_err().contains("invalid CIDR"));
-        assert!(pool("10.1.2.3/16").unwrap_err().contains("it should be 10.1.0.0/16"));
+        assert!(
+            pool("10.1.2.3/16")
+                .unwrap_err()
+                .contains("it should be 10.1.0.0/16")
+        );
         assert!(pool("10.1.0.0/25").unwrap_err().contains("smaller"));
         assert!(
             with(|r| r.default_addr_pool = vec!["10.0.0.0/8".into(), "10.1.0.0/16".into()])
@@ -129,7 +142,11 @@ mod tests {
         assert!(with(|r| r.default_addr_pool_mask_length = 30).is_err());
         assert!(with(|r| r.data_path_port = 80).is_err());
         assert!(
-            with(|r| r.heartbeat_period = Some(prost_types::Duration { seconds: -1, nanos: 0 })).is_err()
+            with(|r| r.heartbeat_period = Some(prost_types::Duration {
+                seconds: -1,
+                nanos: 0
+            }))
+            .is_err()
         );
     }
 }

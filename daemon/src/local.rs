@@ -6,9 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _};
-use swarm_agent::runtime::{
-    ExecConfig, ExecInput, ExecOutput, LogLine, LogOptions, RuntimeError,
-};
+use swarm_agent::runtime::{ExecConfig, ExecInput, ExecOutput, LogLine, LogOptions, RuntimeError};
 use swarm_proto::v1::node_local_server::NodeLocal;
 use swarm_proto::v1::{
     ExecRequest, ExecResponse, ExecStart, InfoRequest, InfoResponse, InitRequest, InitResponse,
@@ -169,7 +167,9 @@ impl NodeLocal for LocalService {
 }
 
 /// The client's next message; pends for ever once the client has said its last.
-async fn next_request(requests: &mut Option<Streaming<ExecRequest>>) -> Option<exec_request::Message> {
+async fn next_request(
+    requests: &mut Option<Streaming<ExecRequest>>,
+) -> Option<exec_request::Message> {
     let Some(stream) = requests else {
         return std::future::pending().await;
     };

@@ -16,7 +16,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
-use swarm_agent::network::{DataplaneConfig, KernelDataplane};
+use swarm_agent::network::config::DataplaneConfig;
+use swarm_agent::network::kernel::KernelDataplane;
 use swarm_agent::runtime::{OciEngine, OciRuntime, RuntimeConfig};
 use swarm_identity::{AuthorizeLayer, LocalListener, grpc_server};
 use swarm_proto::defaults::MESSAGE_MAX;
@@ -102,7 +103,15 @@ async fn serve(args: Args, file: File) -> Result<()> {
         args.run_dir.clone(),
         own_binary(),
     ))?);
-    let node = Node::new(args, file, hostname, slot.clone(), runtime, dataplane, fatal);
+    let node = Node::new(
+        args,
+        file,
+        hostname,
+        slot.clone(),
+        runtime,
+        dataplane,
+        fatal,
+    );
 
     let stop = CancellationToken::new();
     let server = tokio::spawn({
@@ -152,13 +161,17 @@ fn local_routes(node: Arc<Node>) -> Result<Routes> {
 }
 
 fn runtime_config(args: &Args, file: &File) -> RuntimeConfig {
-    let mut config = RuntimeConfig::new(
-        args.data_dir.join("runtime"),
-        args.run_dir.join("runtime"),
-    );
-    config.insecure_registries.clone_from(&file.insecure_registries);
+    let mut config =
+        RuntimeConfig::new(args.data_dir.join("runtime"), args.run_dir.join("runtime"));
+    config
+        .insecure_registries
+        .clone_from(&file.insecure_registries);
     config.shim_exe = own_binary();
-    if let Some(path) = file.oci_runtime.as_deref().filter(|path| *path != "builtin") {
+    if let Some(path) = file
+        .oci_runtime
+        .as_deref()
+        .filter(|path| *path != "builtin")
+    {
         config.oci_runtime = OciEngine::Path(PathBuf::from(path));
     }
     if let Some(parent) = &file.cgroup_parent {

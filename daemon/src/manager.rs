@@ -156,7 +156,11 @@ impl RunningManager {
     /// How many managers vote.
     #[must_use]
     pub fn voters(&self) -> usize {
-        self.raft.members().iter().filter(|member| member.voter).count()
+        self.raft
+            .members()
+            .iter()
+            .filter(|member| member.voter)
+            .count()
     }
 
     /// Nodes, and managers among them.
@@ -198,7 +202,10 @@ impl RunningManager {
         self.raft.shutdown().await;
         self.cancel.cancel();
         let mut server = self.server;
-        if tokio::time::timeout(DRAIN_LIMIT, &mut server).await.is_err() {
+        if tokio::time::timeout(DRAIN_LIMIT, &mut server)
+            .await
+            .is_err()
+        {
             // Streams that are open as long as their client likes.
             server.abort();
             let _ = server.await;

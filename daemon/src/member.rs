@@ -263,7 +263,10 @@ async fn follow_role(
         let again = async {
             match &failed {
                 Some(error) => {
-                    tracing::warn!(error = format!("{error:#}"), "the manager is not started, will try again");
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "the manager is not started, will try again"
+                    );
                     tokio::time::sleep(retry).await;
                 }
                 None => std::future::pending().await,

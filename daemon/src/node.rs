@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use sha2::{Digest as _, Sha256};
 use swarm_agent::agent::{Agent, AgentError};
-use swarm_agent::network::{Dataplane as _, KernelDataplane};
+use swarm_agent::network::kernel::KernelDataplane;
 use swarm_agent::runtime::{
     ExecConfig, ExecSession, LogOptions, LogStream, OciRuntime, RuntimeError,
 };
@@ -18,13 +19,12 @@ use swarm_identity::{
 };
 use swarm_manager::ca::initial_transaction;
 use swarm_manager::clock::system_clock;
+use swarm_proto::NodeId;
 use swarm_proto::v1::{
     InfoResponse, InitRequest, InitResponse, JoinClusterRequest, JoinClusterResponse,
     LeaveClusterResponse, LocalNetwork, LocalState, NodeAvailability, NodeRole, Platform,
     RegistryAuth,
 };
-use sha2::{Digest as _, Sha256};
-use swarm_proto::NodeId;
 use tokio::sync::{RwLock, mpsc};
 use tonic::Status;
 
@@ -286,9 +286,7 @@ impl Node {
         let Some(member) = slot.as_mut() else {
             return Err(outside());
         };
-        if !force
-            && let Some(managers) = member.with_manager(RunningManager::voters)
-        {
+        if !force && let Some(managers) = member.with_manager(RunningManager::voters) {
             return Err(Status::failed_precondition(if managers <= 1 {
                 LEAVING_LAST
             } else {
@@ -333,7 +331,8 @@ impl Node {
         info.advertise_addr = member.settings.advertise_addr.to_string();
         info.data_path_addr = member.settings.data_path_addr.to_string();
         info.managers = member.managers();
-        info.containers_running = u32::try_from(member.agent.containers_running()).unwrap_or(u32::MAX);
+        info.containers_running =
+            u32::try_from(member.agent.containers_running()).unwrap_or(u32::MAX);
         info.certificate_expires = Some(member.identity.validity().not_after.into());
         info.control_available = self.slot.is_open();
         if let Some((nodes, managers)) = member.with_manager(RunningManager::counts) {
@@ -370,7 +369,10 @@ impl Node {
     pub async fn exec(&self, task: &str, config: ExecConfig) -> Result<ExecSession, Status> {
         let member = self.member.read().await;
         let agent = &member.as_ref().ok_or_else(outside)?.agent;
-        agent.exec(task, config).await.map_err(|error| agent_status(&error))
+        agent
+            .exec(task, config)
+            .await
+            .map_err(|error| agent_status(&error))
     }
 
     /// The output of a task of this node.
@@ -380,7 +382,10 @@ impl Node {
     pub async fn logs(&self, task: &str, options: LogOptions) -> Result<LogStream, Status> {
         let member = self.member.read().await;
         let agent = &member.as_ref().ok_or_else(outside)?.agent;
-        agent.logs(task, options).await.map_err(|error| agent_status(&error))
+        agent
+            .logs(task, options)
+            .await
+            .map_err(|error| agent_status(&error))
     }
 
     fn key_store(&self) -> KeyStore {
@@ -419,8 +424,9 @@ fn settings(
     data_path: &str,
     remotes: Vec<String>,
 ) -> Result<Settings, Status> {
-    let local = address::local_addresses()
-        .map_err(|error| Status::internal(format!("listing the addresses of this machine: {error}")))?;
+    let local = address::local_addresses().map_err(|error| {
+        Status::internal(format!("listing the addresses of this machine: {error}"))
+    })?;
     let invalid = |error: address::AddressError| Status::invalid_argument(error.to_string());
     let advertise = address::advertise(advertise, &local).map_err(invalid)?;
     let listen = address::listen(listen, &local).map_err(invalid)?;
@@ -464,7 +470,10 @@ async fn local_networks(agent: &Agent, node: &NodeId) -> Vec<LocalNetwork> {
     }
     for network in agent.held_networks().await.into_values() {
         let spec = network.spec.clone().unwrap_or_default();
-        let pools = network.subnets.iter().filter_map(|subnet| subnet.pool.as_ref());
+        let pools = network
+            .subnets
+            .iter()
+            .filter_map(|subnet| subnet.pool.as_ref());
         networks.push(LocalNetwork {
             id: network.id.clone(),
             name: spec.annotations.unwrap_or_default().name,

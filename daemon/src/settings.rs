@@ -73,10 +73,11 @@ impl Settings {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(SettingsError::Io { path, source }),
         };
-        let settings: Self = serde_json::from_str(&text).map_err(|error| SettingsError::Damaged {
-            path: path.clone(),
-            reason: error.to_string(),
-        })?;
+        let settings: Self =
+            serde_json::from_str(&text).map_err(|error| SettingsError::Damaged {
+                path: path.clone(),
+                reason: error.to_string(),
+            })?;
         if settings.format > FORMAT {
             return Err(SettingsError::Damaged {
                 path,
