@@ -212,12 +212,20 @@ impl Delta {
         for id in tasks {
             let held = |state: &State| state.task(&id).filter(|task| is_assigned(task)).cloned();
             let (before, after) = (held(prior), held(&next));
-            let node = after
-                .as_ref()
-                .or(before.as_ref())
-                .map(|task| NodeId::from(&task.node_id));
-            if let Some(node) = node {
-                by_node.entry(node).or_default().push((before, after));
+            let node = |task: &Option<Arc<Task>>| Some(NodeId::from(&task.as_ref()?.node_id));
+            match (node(&before), node(&after)) {
+                (None, None) => {}
+                (Some(node), None) | (None, Some(node)) => {
+                    by_node.entry(node).or_default().push((before, after));
+                }
+                (Some(old), Some(new)) if old == new => {
+                    by_node.entry(new).or_default().push((before, after));
+                }
+                // Tasks do not move, but an ID may have been made anew in between.
+                (Some(old), Some(new)) => {
+                    by_node.entry(old).or_default().push((before, None));
+                    by_node.entry(new).or_default().push((None, after));
+                }
             }
         }
         let mut tables: BTreeMap<NetworkId, Vec<AssignmentChange>> = BTreeMap::new();

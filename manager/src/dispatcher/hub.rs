@@ -155,7 +155,13 @@ fn drain(first: Change, watch: &mut Watch) -> Result<Vec<Change>, WatchError> {
     {
         changes.push(change);
     }
-    Ok(changes)
+    // A delta is exact only between the states before and after its changes.
+    match changes.last() {
+        Some(last) if last.state.index() != last.index => {
+            Err(WatchError::Lagged { after: last.index })
+        }
+        _ => Ok(changes),
+    }
 }
 
 struct Registry {

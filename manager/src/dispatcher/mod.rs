@@ -7,6 +7,8 @@
 //! the leader who is alive. It never decides what runs where.
 
 mod assignments;
+#[cfg(test)]
+mod assignments_test;
 mod hub;
 mod intake;
 mod liveness;

@@ -18,6 +18,10 @@ const REMEMBERED_CHANGES: usize = 4096;
 /// Events in them; a few huge transactions must not hold the memory of millions.
 const REMEMBERED_EVENTS: usize = 1 << 16;
 
+/// States that are remembered with their changes. Each holds on to what later
+/// ones have replaced, so there are fewer of them than of changes.
+const REMEMBERED_STATES: usize = 256;
+
 /// Holds the newest [`State`] and tells watchers of every change to it.
 ///
 /// Readers take an `Arc<State>` and never block the writer, of which there is
@@ -57,14 +61,22 @@ pub struct Change {
     pub index: u64,
     /// In the order of application.
     pub events: Arc<[Event]>,
-    /// The state after the entry.
+    /// The state after the entry; for a watcher that is hundreds of changes
+    /// behind, a later one ([`State::index`] tells).
     pub state: Arc<State>,
+}
+
+#[derive(Debug)]
+struct Remembered {
+    index: u64,
+    events: Arc<[Event]>,
+    state: Option<Arc<State>>,
 }
 
 /// The last changes, oldest first, and the index up to which they are forgotten.
 #[derive(Debug)]
 struct Recent {
-    changes: VecDeque<Change>,
+    changes: VecDeque<Remembered>,
     events: usize,
     forgotten: u64,
 }
@@ -72,7 +84,14 @@ struct Recent {
 impl Recent {
     fn push(&mut self, change: Change) {
         self.events += change.events.len();
-        self.changes.push_back(change);
+        self.changes.push_back(Remembered {
+            index: change.index,
+            events: change.events,
+            state: Some(change.state),
+        });
+        if let Some(outdated) = self.changes.len().checked_sub(REMEMBERED_STATES + 1) {
+            self.changes[outdated].state = None;
+        }
         while self.changes.len() > REMEMBERED_CHANGES
             || (self.events > REMEMBERED_EVENTS && self.changes.len() > 1)
         {
@@ -85,12 +104,12 @@ impl Recent {
     }
 
     /// The first change after `index`.
-    fn after(&self, index: u64) -> Result<Option<Change>, WatchError> {
+    fn after(&self, index: u64) -> Result<Option<&Remembered>, WatchError> {
         if index < self.forgotten {
             return Err(WatchError::Lagged { after: index });
         }
         let next = self.changes.partition_point(|change| change.index <= index);
-        Ok(self.changes.get(next).cloned())
+        Ok(self.changes.get(next))
     }
 }
 
@@ -211,8 +230,7 @@ impl Watch {
         loop {
             // Seen before the ring is read, so that no change falls in between.
             self.newest.borrow_and_update();
-            if let Some(change) = self.recent.lock().after(self.after)? {
-                self.after = change.index;
+            if let Some(change) = self.try_next()? {
                 return Ok(change);
             }
             if self.newest.changed().await.is_err() {
@@ -226,11 +244,17 @@ impl Watch {
     /// # Errors
     /// [`WatchError::Lagged`].
     pub fn try_next(&mut self) -> Result<Option<Change>, WatchError> {
-        let change = self.recent.lock().after(self.after)?;
-        if let Some(change) = &change {
-            self.after = change.index;
-        }
-        Ok(change)
+        let recent = self.recent.lock();
+        let Some(found) = recent.after(self.after)? else {
+            return Ok(None);
+        };
+        self.after = found.index;
+        let state = found.state.clone();
+        Ok(Some(Change {
+            index: found.index,
+            events: found.events.clone(),
+            state: state.unwrap_or_else(|| self.newest.borrow().clone()),
+        }))
     }
 
     /// Index of the last change that was delivered, or of the snapshot.
@@ -299,7 +323,9 @@ mod tests {
         );
         assert!(store.watch_from(0).is_err());
         let mut resumed = store.watch_from(1).expect("still remembered");
-        assert_eq!(resumed.next().await.expect("next").index, 2);
+        let next = resumed.next().await.expect("next");
+        assert_eq!((next.index, next.events[0].id()), (2, "node2"));
+        assert_eq!(next.state.index(), store.state().index());
         store.replace(State::default().at_index(1 << 20));
         assert_eq!(
             resumed.next().await.unwrap_err(),
