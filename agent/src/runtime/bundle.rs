@@ -716,3 +716,352 @@ pub(super) fn resolve_user(
     identity.groups.dedup();
     Ok(identity)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swarm_proto::TaskId;
+    use swarm_proto::v1::{ContainerSpec, ResourceRequirements, Resources};
+
+    fn config(change: impl FnOnce(&mut ContainerConfig)) -> ContainerConfig {
+        let mut config = ContainerConfig {
+            task_id: TaskId::random(),
+            name: "web.1.x".into(),
+            spec: ContainerSpec {
+                command: vec!["/bin/app".into()],
+                ..ContainerSpec::default()
+            },
+            resources: ResourceRequirements::default(),
+            labels: Vec::new(),
+            hostname: "abc".into(),
+            netns: "/run/netns/x".into(),
+            etc_hosts: String::new(),
+            resolv_conf: String::new(),
+        };
+        change(&mut config);
+        config
+    }
+
+    fn built(
+        image: &ImageProcess,
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> Result<Bundle, RuntimeError> {
+        let node = NodeFacts {
+            rootfs: Path::new("/c/rootfs"),
+            dir: Path::new("/c"),
+            cgroup: "/swarm/x",
+            max_open_files: 20_000,
+            architecture: "x86_64",
+        };
+        build(image, &config(change), &node)
+    }
+
+    fn spec(change: impl FnOnce(&mut ContainerConfig)) -> Value {
+        built(&ImageProcess::default(), change).unwrap().spec
+    }
+
+    fn words(value: &Value) -> Vec<&str> {
+        value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|word| word.as_str().unwrap())
+            .collect()
+    }
+
+    fn image(entrypoint: &[&str], cmd: &[&str]) -> ImageProcess {
+        let own = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+        ImageProcess {
+            entrypoint: own(entrypoint),
+            cmd: own(cmd),
+            ..ImageProcess::default()
+        }
+    }
+
+    #[test]
+    fn libcontainer_understands_the_configuration() {
+        let value = spec(|config| {
+            config.resources.limits = Some(Resources {
+                nano_cpus: 1,
+                memory_bytes: 1 << 30,
+            });
+            config.resources.pids_limit = 5;
+            config.spec.capability_add.push("all".into());
+        });
+        let parsed: libcontainer::oci_spec::runtime::Spec = serde_json::from_value(value).unwrap();
+        let caps = parsed
+            .process()
+            .as_ref()
+            .unwrap()
+            .capabilities()
+            .as_ref()
+            .unwrap();
+        assert_eq!(
+            caps.effective().as_ref().unwrap().len(),
+            ALL_CAPABILITIES.len()
+        );
+        assert!(parsed.linux().as_ref().unwrap().seccomp().is_some());
+        assert!(
+            parsed
+                .process()
+                .as_ref()
+                .unwrap()
+                .no_new_privileges()
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn the_command_is_merged_as_docker_does() {
+        let args = |image: &ImageProcess, command: &[&str], args: &[&str]| {
+            let own = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+            built(image, |config| {
+                config.spec.command = own(command);
+                config.spec.args = own(args);
+            })
+            .map(|bundle| words(&bundle.spec["process"]["args"]).join(" "))
+        };
+        let both = image(&["e"], &["c"]);
+        assert_eq!(args(&both, &[], &[]).unwrap(), "e c");
+        assert_eq!(args(&both, &[], &["a"]).unwrap(), "e a");
+        assert_eq!(args(&both, &["x"], &[]).unwrap(), "x");
+        assert_eq!(args(&both, &["x"], &["a"]).unwrap(), "x a");
+        assert_eq!(args(&image(&[], &["c"]), &[], &["a"]).unwrap(), "a");
+        assert!(args(&image(&[], &[]), &[], &[]).unwrap_err().is_fatal());
+    }
+
+    #[test]
+    fn environment_is_merged_in_order_and_a_bare_key_takes_away() {
+        let image = ImageProcess {
+            env: vec!["PATH=/image".into(), "A=1".into(), "B=1".into()],
+            ..ImageProcess::default()
+        };
+        let bundle = built(&image, |config| {
+            config.spec.env = vec!["B=2".into(), "A".into(), "C=x=y".into()];
+        });
+        let spec = bundle.unwrap().spec;
+        assert_eq!(
+            words(&spec["process"]["env"]),
+            ["PATH=/image", "HOSTNAME=abc", "B=2", "C=x=y"]
+        );
+        for bad in ["", "=x", "A\0=1"] {
+            assert!(built(&image, |config| config.spec.env = vec![bad.into()]).is_err());
+        }
+    }
+
+    #[test]
+    fn capabilities_are_dockers_unless_changed() {
+        let caps = |add: &[&str], drop: &[&str]| {
+            let own = |words: &[&str]| {
+                words
+                    .iter()
+                    .map(|&word| word.to_owned())
+                    .collect::<Vec<_>>()
+            };
+            capabilities(&own(add), &own(drop))
+        };
+        assert_eq!(caps(&[], &[]).unwrap(), DEFAULT_CAPABILITIES.into());
+        assert_eq!(
+            caps(&["net_admin"], &["ALL"]).unwrap(),
+            ["CAP_NET_ADMIN"].into()
+        );
+        assert_eq!(caps(&["ALL"], &["cap_sys_admin"]).unwrap().len(), 40);
+        assert!(!caps(&[], &["CHOWN"]).unwrap().contains("CAP_CHOWN"));
+        assert!(
+            caps(&["CAP_X"], &[])
+                .unwrap_err()
+                .to_string()
+                .contains("CAP_X")
+        );
+    }
+
+    #[test]
+    fn seccomp_follows_the_capabilities() {
+        let allowed = |caps: &BTreeSet<&'static str>, call: &str| {
+            let profile = seccomp(caps, "x86_64");
+            let rules = profile["syscalls"].as_array().unwrap().clone();
+            rules.iter().any(|rule| {
+                rule["action"] == "SCMP_ACT_ALLOW"
+                    && rule.get("args").is_none()
+                    && words(&rule["names"]).contains(&call)
+            })
+        };
+        let default = DEFAULT_CAPABILITIES.into();
+        for call in ["read", "execve", "chroot", "arch_prctl", "futex", "ptrace"] {
+            assert!(allowed(&default, call), "{call}");
+        }
+        for call in [
+            "mount",
+            "umount2",
+            "unshare",
+            "setns",
+            "bpf",
+            "clone",
+            "clone3",
+            "init_module",
+            "kexec_load",
+            "open_by_handle_at",
+            "keyctl",
+            "add_key",
+            "request_key",
+            "userfaultfd",
+            "io_uring_setup",
+            "socket",
+            "pivot_root",
+            "swapon",
+            "reboot",
+            "settimeofday",
+            "acct",
+            "perf_event_open",
+            "move_mount",
+            "fsopen",
+        ] {
+            assert!(!allowed(&default, call), "{call}");
+        }
+        let admin = BTreeSet::from(["CAP_SYS_ADMIN"]);
+        for call in ["mount", "unshare", "setns", "clone", "clone3"] {
+            assert!(allowed(&admin, call), "{call}");
+        }
+        assert!(!allowed(&admin, "chroot"));
+    }
+
+    #[test]
+    fn limits_become_kernel_units() {
+        let spec = spec(|config| {
+            config.resources.limits = Some(Resources {
+                nano_cpus: 1_500_000_000,
+                memory_bytes: 64 << 20,
+            });
+            config.resources.pids_limit = 7;
+        });
+        let resources = &spec["linux"]["resources"];
+        assert_eq!(
+            resources["cpu"],
+            json!({ "quota": 150_000, "period": 100_000 })
+        );
+        assert_eq!(resources["memory"], json!({ "limit": 64 << 20 }));
+        assert_eq!(resources["pids"], json!({ "limit": 7 }));
+        assert_eq!(spec["process"]["rlimits"][0]["hard"], 20_000);
+        let tiny = built(&ImageProcess::default(), |config| {
+            config.resources.limits = Some(Resources {
+                nano_cpus: 0,
+                memory_bytes: 1 << 20,
+            });
+        });
+        assert!(tiny.unwrap_err().to_string().contains("6 MiB"));
+    }
+
+    #[test]
+    fn devices_of_the_host_are_denied_first() {
+        let spec = spec(|_| {});
+        let devices = spec["linux"]["resources"]["devices"]
+            .as_array()
+            .unwrap()
+            .clone();
+        assert_eq!(devices[0], json!({ "allow": false, "access": "rwm" }));
+        assert!(
+            devices[1..]
+                .iter()
+                .all(|device| device["access"] == "m" || device["type"] == "c")
+        );
+    }
+
+    #[test]
+    fn an_outer_mount_comes_before_the_one_inside_it_and_replaces_a_default() {
+        let mount = |kind: MountType, target: &str| Mount {
+            r#type: kind.into(),
+            source: "/srv".into(),
+            target: target.into(),
+            read_only: true,
+            ..Mount::default()
+        };
+        let spec = spec(|config| {
+            config.spec.mounts = vec![
+                mount(MountType::Bind, "/data/sub"),
+                mount(MountType::Tmpfs, "/data"),
+                mount(MountType::Bind, "/dev/shm"),
+            ];
+        });
+        let targets: Vec<&str> = spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|mount| mount["destination"].as_str().unwrap())
+            .collect();
+        let at = |target| targets.iter().position(|other| *other == target).unwrap();
+        assert!(at("/data") < at("/data/sub") && at("/dev") < at("/dev/shm"));
+        assert_eq!(
+            targets
+                .iter()
+                .filter(|target| **target == "/dev/shm")
+                .count(),
+            1
+        );
+        for bad in ["", "relative", "/", "/a/../b"] {
+            let refused = built(&ImageProcess::default(), |config| {
+                config.spec.mounts = vec![mount(MountType::Tmpfs, bad)];
+            });
+            assert!(refused.unwrap_err().is_fatal(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        for (text, number) in [
+            ("SIGTERM", Some(15)),
+            ("term", Some(15)),
+            ("9", Some(9)),
+            ("SIGRTMIN+3", Some(37)),
+            ("SIGRTMIN", Some(34)),
+            ("0", None),
+            ("65", None),
+            ("SIGNOPE", None),
+            ("RTMIN-1", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_signal(text), number, "{text}");
+        }
+    }
+
+    #[test]
+    fn users_and_groups_are_found_by_name_and_number() {
+        let passwd = "root:x:0:0:r:/root:/bin/sh\nweb:x:100:101:w:/srv:/bin/sh\nbroken\n";
+        let group = "root:x:0:\nweb:x:101:\nmore:x:200:root,web\nother:x:300:\n";
+        let find = |user: &str, groups: &[&str]| {
+            let groups = groups.iter().map(|&group| group.to_owned()).collect();
+            resolve_user(
+                &UserSpec {
+                    user: user.into(),
+                    groups,
+                },
+                passwd,
+                group,
+            )
+        };
+        let identity = |uid, gid, groups: &[u32], home: &str| Identity {
+            uid,
+            gid,
+            groups: groups.to_vec(),
+            home: home.into(),
+        };
+        assert_eq!(find("", &[]), Ok(identity(0, 0, &[200], "/root")));
+        assert_eq!(find("web", &[]), Ok(identity(100, 101, &[200], "/srv")));
+        assert_eq!(find("100", &[]), Ok(identity(100, 101, &[200], "/srv")));
+        assert_eq!(find("web:other", &[]), Ok(identity(100, 300, &[], "/srv")));
+        assert_eq!(
+            find("77:88", &["more", "9"]),
+            Ok(identity(77, 88, &[9, 200], "/"))
+        );
+        assert!(find("nobody", &[]).unwrap_err().contains("nobody"));
+        assert!(find("web:none", &[]).unwrap_err().contains("none"));
+        assert!(resolve_user(&UserSpec::default(), "", "").is_ok());
+    }
+
+    #[test]
+    fn null_in_an_image_configuration_means_nothing() {
+        let text = r#"{"config":{"Env":null,"Cmd":["x"],"Entrypoint":null,"User":null},"rootfs":{"diff_ids":[]}}"#;
+        let image: ImageConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(image.config.cmd, ["x"]);
+        assert!(serde_json::from_str::<ImageConfig>(r#"{"config":null,"rootfs":{}}"#).is_ok());
+    }
+}

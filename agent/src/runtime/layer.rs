@@ -5,6 +5,7 @@
 //! followed, `..` and device nodes end the unpacking with an error, sizes and
 //! counts are bounded. Blocking; touches only the given directory.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
 use std::fs::File;
@@ -12,6 +13,7 @@ use std::io::{self, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
 
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, fstatat, mkdirat, mknodat, utimensat};
@@ -24,6 +26,8 @@ use tar::{Archive, Entry, EntryType};
 const MAX_ENTRIES: usize = 2_000_000;
 /// One extended attribute; the kernel's own limit.
 const MAX_XATTR: usize = 64 << 10;
+/// Names, links and attributes before one entry, which the archive reader keeps in memory.
+const MAX_HEADERS: u64 = 4 << 20;
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
@@ -55,13 +59,15 @@ pub(super) fn unpack(
 ) -> Result<(), LayerError> {
     let root: OwnedFd = File::open(target)?.into();
     let stream = decompress(archive)?;
+    let allowance = Rc::new(Cell::new(u64::MAX));
     let mut reader = Measured {
         inner: stream,
         hash: Sha256::new(),
         left: max_bytes,
+        allowance: allowance.clone(),
         over: false,
     };
-    let result = unpack_entries(&mut reader, root.as_fd());
+    let result = unpack_entries(&mut reader, root.as_fd(), &allowance, max_bytes);
     if reader.over {
         return Err(LayerError::TooLarge { limit: max_bytes });
     }
@@ -107,6 +113,8 @@ struct Measured<R> {
     inner: R,
     hash: Sha256,
     left: u64,
+    /// What may be read until somebody raises it again.
+    allowance: Rc<Cell<u64>>,
     over: bool,
 }
 
@@ -114,6 +122,10 @@ impl<R: Read> Read for Measured<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buffer)?;
         self.hash.update(&buffer[..n]);
+        match self.allowance.get().checked_sub(n as u64) {
+            Some(rest) => self.allowance.set(rest),
+            None => return Err(io::Error::other("a header is too large")),
+        }
         match self.left.checked_sub(n as u64) {
             Some(left) => self.left = left,
             None => {
@@ -125,11 +137,22 @@ impl<R: Read> Read for Measured<R> {
     }
 }
 
-fn unpack_entries<R: Read>(reader: &mut R, root: BorrowedFd<'_>) -> Result<(), LayerError> {
+fn unpack_entries<R: Read>(
+    reader: &mut R,
+    root: BorrowedFd<'_>,
+    allowance: &Cell<u64>,
+    max_bytes: u64,
+) -> Result<(), LayerError> {
     let mut archive = Archive::new(reader);
     // Directories get their times last: making files inside would change them again.
     let mut directory_times: BTreeMap<PathBuf, TimeSpec> = BTreeMap::new();
-    for (count, entry) in archive.entries().map_err(LayerError::Damaged)?.enumerate() {
+    // Sparse files are larger than what is read for them.
+    let mut left = max_bytes;
+    let mut entries = archive.entries().map_err(LayerError::Damaged)?;
+    for count in 0.. {
+        allowance.set(MAX_HEADERS);
+        let Some(entry) = entries.next() else { break };
+        allowance.set(u64::MAX);
         let mut entry = entry.map_err(LayerError::Damaged)?;
         let path = relative(&entry.path().map_err(LayerError::Damaged)?)?;
         if count >= MAX_ENTRIES {
@@ -138,10 +161,17 @@ fn unpack_entries<R: Read>(reader: &mut R, root: BorrowedFd<'_>) -> Result<(), L
                 why: "too many files in one layer",
             });
         }
-        if let Some(mtime) = unpack_entry(&mut entry, &path, root)? {
+        let mtime = unpack_entry(&mut entry, &path, root, &mut left).map_err(|err| match err {
+            LayerError::TooLarge { .. } => LayerError::TooLarge { limit: max_bytes },
+            other => other,
+        })?;
+        if let Some(mtime) = mtime {
             directory_times.insert(path, mtime);
         }
+        // Data that its kind of entry has no use for.
+        io::copy(&mut entry, &mut io::sink()).map_err(LayerError::Damaged)?;
     }
+    allowance.set(u64::MAX);
     for (path, mtime) in directory_times.iter().rev() {
         if let Ok((parent, name)) = parent_of(root, path) {
             let name = if path.as_os_str().is_empty() {
@@ -214,6 +244,7 @@ fn unpack_entry<R: Read>(
     entry: &mut Entry<'_, R>,
     path: &Path,
     root: BorrowedFd<'_>,
+    left: &mut u64,
 ) -> Result<Option<TimeSpec>, LayerError> {
     let kind = entry.header().entry_type();
     if matches!(kind, EntryType::XGlobalHeader) {
@@ -288,7 +319,7 @@ fn unpack_entry<R: Read>(
                 | OFlag::O_CLOEXEC;
             let file = openat(parent, name, flags, Mode::from_bits_truncate(0o600)).map_err(sys)?;
             let mut file = File::from(file);
-            copy(entry, &mut file, path)?;
+            copy(entry, &mut file, path, left)?;
             // Owner first: changing it clears set-user-ID and capabilities.
             set_owner_and_mode(parent, name, uid, gid, Some(mode)).map_err(sys)?;
             for (key, value) in attributes {
@@ -342,7 +373,12 @@ fn unpack_entry<R: Read>(
 }
 
 /// Tells a damaged archive from a full disk.
-fn copy(from: &mut impl Read, to: &mut File, path: &Path) -> Result<(), LayerError> {
+fn copy(
+    from: &mut impl Read,
+    to: &mut File,
+    path: &Path,
+    left: &mut u64,
+) -> Result<(), LayerError> {
     use std::io::Write;
     let mut buffer = vec![0; 128 << 10];
     loop {
@@ -352,6 +388,9 @@ fn copy(from: &mut impl Read, to: &mut File, path: &Path) -> Result<(), LayerErr
             Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
             Err(err) => return Err(LayerError::Damaged(err)),
         };
+        *left = left
+            .checked_sub(n as u64)
+            .ok_or(LayerError::TooLarge { limit: *left })?;
         to.write_all(&buffer[..n])
             .map_err(|source| LayerError::Write {
                 path: path.to_owned(),
@@ -407,10 +446,11 @@ fn set_owner_and_mode(
     Ok(())
 }
 
+/// Name and value of an extended attribute.
+type Attribute = (Vec<u8>, Vec<u8>);
+
 /// Those an image may carry. `trusted.*` would forge overlayfs' own marks.
-fn extended_attributes<R: Read>(
-    entry: &mut Entry<'_, R>,
-) -> Result<Vec<(Vec<u8>, Vec<u8>)>, LayerError> {
+fn extended_attributes<R: Read>(entry: &mut Entry<'_, R>) -> Result<Vec<Attribute>, LayerError> {
     let mut attributes = Vec::new();
     if let Some(extensions) = entry.pax_extensions().map_err(LayerError::Damaged)? {
         for extension in extensions {
@@ -443,5 +483,114 @@ fn xattr_set(file: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn unpack_bytes(archive: &[u8], max_bytes: u64) -> Result<tempfile::TempDir, LayerError> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(archive).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(archive)));
+        unpack(file, dir.path(), &diff_id, max_bytes).map(|()| dir)
+    }
+
+    fn header(kind: EntryType, size: u64) -> tar::Header {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_uid(nix::unistd::getuid().as_raw().into());
+        header.set_gid(nix::unistd::getgid().as_raw().into());
+        header.set_size(size);
+        header
+    }
+
+    #[test]
+    fn a_name_without_end_does_not_fill_the_memory() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let name = vec![b'n'; 8 << 20];
+        let mut long = header(EntryType::GNULongName, name.len() as u64);
+        long.set_path("././@LongLink").unwrap();
+        long.set_cksum();
+        builder.append(&long, name.as_slice()).unwrap();
+        let mut file = header(EntryType::Regular, 0);
+        file.set_path("x").unwrap();
+        file.set_cksum();
+        builder.append(&file, &[][..]).unwrap();
+        let err = unpack_bytes(&builder.into_inner().unwrap(), 1 << 30).unwrap_err();
+        assert!(err.to_string().contains("header is too large"), "{err}");
+    }
+
+    #[test]
+    fn a_sparse_file_counts_as_large_as_it_becomes() {
+        let mut sparse = header(EntryType::GNUSparse, 0);
+        sparse.set_path("hole").unwrap();
+        let gnu = sparse.as_gnu_mut().unwrap();
+        gnu.set_real_size(1 << 30);
+        gnu.sparse[0].set_offset(1 << 30);
+        gnu.sparse[0].set_length(0);
+        sparse.set_cksum();
+        let mut archive = sparse.as_bytes().to_vec();
+        archive.extend([0; 1024]);
+        let err = unpack_bytes(&archive, 1 << 20).unwrap_err();
+        assert!(
+            matches!(err, LayerError::TooLarge { limit: 1_048_576 }),
+            "{err}"
+        );
+    }
+
+    #[test]
+    fn marks_of_overlayfs_cannot_be_forged() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let pairs = [
+            ("SCHILY.xattr.trusted.overlay.redirect", &b"/etc"[..]),
+            ("SCHILY.xattr.user.note", &b"hello"[..]),
+        ];
+        builder.append_pax_extensions(pairs).unwrap();
+        let mut file = header(EntryType::Regular, 0);
+        file.set_path("x").unwrap();
+        file.set_cksum();
+        builder.append(&file, &[][..]).unwrap();
+        let dir = unpack_bytes(&builder.into_inner().unwrap(), 1 << 20).unwrap();
+        let names: Vec<_> = xattr::list(dir.path().join("x")).unwrap().collect();
+        assert_eq!(names, ["user.note"]);
+    }
+
+    #[test]
+    fn noise_is_an_error_and_not_a_panic() {
+        let mut seed = 1u64;
+        for length in [0usize, 1, 511, 512, 513, 2048, 10_000] {
+            let noise: Vec<u8> = (0..length)
+                .map(|_| {
+                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    (seed >> 33) as u8
+                })
+                .collect();
+            let _ = unpack_bytes(&noise, 1 << 20);
+        }
+    }
+
+    #[test]
+    fn a_later_entry_replaces_an_earlier_one() {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (kind, path) in [
+            (EntryType::Directory, "a"),
+            (EntryType::Regular, "a/inner"),
+            (EntryType::Regular, "a"),
+            (EntryType::Directory, "a"),
+            (EntryType::Directory, "a"),
+        ] {
+            let mut entry = header(kind, 0);
+            entry.set_path(path).unwrap();
+            entry.set_cksum();
+            builder.append(&entry, &[][..]).unwrap();
+        }
+        let dir = unpack_bytes(&builder.into_inner().unwrap(), 1 << 20).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path().join("a")).unwrap().count(), 0);
     }
 }

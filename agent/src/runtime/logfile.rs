@@ -356,7 +356,8 @@ mod tests {
         let kept = collect(&mut LogReader::open(dir.path(), None).unwrap());
         assert_eq!(kept.last().unwrap(), "line 39\n");
         assert!(kept.len() >= 6 && kept.len() < 20, "{kept:?}");
-        assert_eq!(collect(&mut reader), kept);
+        // Those of the file it had open are not lost to it, those between are.
+        assert!(collect(&mut reader).ends_with(&kept));
     }
 
     #[test]

@@ -537,17 +537,30 @@ impl OciRuntime {
         if let Some(exit) = read_exit(dir) {
             return ContainerState::Exited(exit);
         }
+        let started = self.run_dir(task).join(names::STARTED).exists();
+        let pid = engine_pid(&self.run_dir(task));
+        if self.process(task, names::SHIM).is_some() {
+            // It writes down the end; until then there is none.
+            return match pid {
+                Some(pid) if started => ContainerState::Running { pid },
+                _ => ContainerState::Created,
+            };
+        }
         match self.init(task) {
-            Some(init) if self.run_dir(task).join(names::STARTED).exists() => {
-                ContainerState::Running { pid: init.pid }
-            }
-            Some(_) if self.process(task, names::SHIM).is_some() => ContainerState::Created,
-            // Without its shim it can never be started.
-            _ => {
-                read_exit(dir).map_or(ContainerState::Exited(UNKNOWN_EXIT), ContainerState::Exited)
-            }
+            Some(init) if started => ContainerState::Running { pid: init.pid },
+            // Without its shim it can never be started. Or the shim ended just now.
+            _ => ContainerState::Exited(read_exit(dir).unwrap_or(UNKNOWN_EXIT)),
         }
     }
+}
+
+/// The first process of a container, alive or not.
+fn engine_pid(run_dir: &Path) -> Option<i32> {
+    fs::read_to_string(run_dir.join(names::INIT_PID))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// Returns when the process has ended.

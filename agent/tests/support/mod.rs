@@ -1,8 +1,11 @@
 //! Images made on the spot, a registry that serves them, and a host to run them on.
 
+// Each test program uses its part of this.
+#![allow(dead_code)]
+
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -574,11 +577,4 @@ impl Drop for Host {
         }
         let _ = nix::mount::umount2(&self.netns, nix::mount::MntFlags::MNT_DETACH);
     }
-}
-
-/// Reads all of a body that the caller knows to be small.
-pub fn read_all(mut reader: impl Read) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    reader.read_to_end(&mut bytes).unwrap();
-    bytes
 }
