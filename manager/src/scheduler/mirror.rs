@@ -171,6 +171,10 @@ impl Scheduler {
 
     fn task_changed(&mut self, old: Option<&Task>, new: Option<&Task>) {
         let Some(task) = new.or(old) else { return };
+        // Most changes are progress of a task that holds what it held: also the echo of our own decisions.
+        if new.is_some_and(|new| self.holds_the_same(new)) {
+            return;
+        }
         let id = TaskId::from(&task.id);
         self.release(&id);
         self.set_waiting(&id, task, new.is_some_and(is_pending));
@@ -187,6 +191,16 @@ impl Scheduler {
         } else if state >= TaskState::Assigned {
             self.hold(id, task);
         }
+    }
+
+    fn holds_the_same(&self, task: &Task) -> bool {
+        let held = self.holdings.get(task.id.as_str());
+        held.is_some_and(|held| {
+            held.active == is_active(task)
+                && self.by_id.get(task.node_id.as_str()) == Some(&held.node)
+                && observed(task) >= TaskState::Assigned
+                && !is_terminal(observed(task))
+        })
     }
 
     /// Whether the task waits for a node. A group that gains a task is tried again.
@@ -207,7 +221,7 @@ impl Scheduler {
         let node = self.index(&task.node_id);
         let (cpus, memory) = reserved(task);
         let ports: Box<[HostPort]> = host_ports(task).collect();
-        let active = task.desired_state() <= TaskState::Running;
+        let active = is_active(task);
         let service = ServiceId::from(&task.service_id);
         let info = &mut self.nodes[node as usize];
         info.cpus_free -= cpus;
@@ -308,14 +322,16 @@ impl Scheduler {
         let mut free = Vec::new();
         let mut bound = Vec::new();
         for id in &waiting.tasks {
+            if free.len() >= PASS_MAX {
+                break;
+            }
             match state.task(id) {
                 Some(task) if task.node_id.is_empty() => free.push(task),
                 Some(task) => bound.push(task),
                 None => {}
             }
         }
-        let more = free.len() > PASS_MAX;
-        free.truncate(PASS_MAX);
+        let more = free.len() + bound.len() < waiting.tasks.len();
         let Some(wish) = free.first().or(bound.first()).map(|task| Wish::of(task)) else {
             return;
         };
@@ -523,8 +539,12 @@ fn observed(task: &Task) -> TaskState {
         .map_or(TaskState::New, TaskStatus::state)
 }
 
+fn is_active(task: &Task) -> bool {
+    task.desired_state() <= TaskState::Running
+}
+
 fn is_pending(task: &Task) -> bool {
-    observed(task) == TaskState::Pending && task.desired_state() <= TaskState::Running
+    observed(task) == TaskState::Pending && is_active(task)
 }
 
 fn group_key(task: &Task) -> GroupKey {

@@ -378,6 +378,36 @@ proptest! {
     }
 }
 
+#[test]
+fn more_tasks_than_one_pass_takes_are_all_placed() {
+    let mut world = World::new(50);
+    let mut service = testing::service("s", "s", &[]);
+    service.spec.as_mut().unwrap().mode = crate::world::replicated(0);
+    world.write([testing::create(service)]);
+    let tasks = (0..25_000).map(|at| {
+        let mut task = testing::task(&format!("t{at}"), "s", &[]);
+        task.slot = at + 1;
+        testing::create(task)
+    });
+    world.write(tasks.collect::<Vec<_>>());
+    let mut passes = 0;
+    loop {
+        let groups = world.scheduler.decide(&world.state, world.now);
+        if groups.is_empty() {
+            break;
+        }
+        passes += 1;
+        world.write(groups.concat());
+    }
+    assert!(passes >= 3);
+    let mut counts: HashMap<String, usize> = HashMap::new();
+    for task in world.state.tasks() {
+        *counts.entry(task.node_id.clone()).or_default() += 1;
+    }
+    assert_eq!(counts.len(), 50);
+    assert!(counts.values().all(|&count| count == 500));
+}
+
 /// Not a benchmark, but a floor that a slow algorithm falls through even in a debug build.
 #[test]
 fn a_hundred_thousand_tasks_on_ten_thousand_nodes_are_chosen_in_one_go() {

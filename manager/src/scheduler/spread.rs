@@ -165,3 +165,18 @@ impl Tree {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_labels_can_be_spread_over() {
+        assert!(Spread::parse("node.labels.zone").is_ok());
+        assert!(Spread::parse(" Engine.Labels.rack ").is_ok());
+        for text in ["", "zone", "node.labels.", "node.id", "node.labels.a b"] {
+            let error = Spread::parse(text).unwrap_err().to_string();
+            assert!(error.contains("expected node.labels.NAME"), "{error}");
+        }
+    }
+}
