@@ -393,6 +393,7 @@ fn an_update_that_may_fail_goes_on() {
     let mut world = World::new(2);
     world.service("s", 3, |s| {
         s.spec.as_mut().unwrap().update = Some(UpdateConfig {
+            parallelism: 1,
             failure_action: FailureAction::Continue.into(),
             ..UpdateConfig::default()
         });

@@ -3,6 +3,7 @@
 //! Level-triggered: what is dirty, what is on its way and what has failed is
 //! read from the tasks, so another leader goes on where this one stopped.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,7 +118,16 @@ pub(crate) fn decide<'a>(pass: &mut Pass<'a>, slots: &[Slot<'a>]) {
                 );
                 return say(pass, &status, UpdateState::Paused, message);
             }
-            let on_their_way = slots.iter().filter(|slot| is_on_its_way(slot)).count();
+            // A slot that has failed, and may, does not hold up the others.
+            let failed: HashSet<&str> = failed.iter().map(|task| task.id.as_str()).collect();
+            let has_failed = |slot: &Slot<'_>| {
+                let mut tasks = slot.tasks.iter();
+                tasks.any(|task| failed.contains(task.id.as_str()))
+            };
+            let on_their_way = slots
+                .iter()
+                .filter(|slot| is_on_its_way(slot) && !has_failed(slot))
+                .count();
             let newest = newest_start(slots, started);
             if done {
                 let watched = newest.map_or(Duration::ZERO, |at| at + monitor);
