@@ -152,9 +152,17 @@ fn seal(word: &str, dir: &Path, run_dir: &Path) -> String {
         Ok(run_dir.join(names::EXE))
     };
     let read_only = |target: &Path| -> io::Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        // By its path: the running file itself is on a mount of the old namespace, which
+        // cannot be bound into the new one.
+        let path = fs::read_link("/proc/self/exe")?;
+        let (own, there) = (fs::metadata("/proc/self/exe")?, fs::metadata(&path)?);
+        if (own.dev(), own.ino()) != (there.dev(), there.ino()) {
+            return Err(io::Error::other("another file has the program's name"));
+        }
         File::create(target)?;
         let none = None::<&str>;
-        mount(Some("/proc/self/exe"), target, none, MsFlags::MS_BIND, none)?;
+        mount(Some(&path), target, none, MsFlags::MS_BIND, none)?;
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         Ok(mount(none, target, none, flags, none)?)
     };
