@@ -938,3 +938,179 @@ async fn one_replica_more_costs_little() {
     println!("{}", std::fs::read_to_string(status).unwrap());
     lab.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_come_back_when_agent_and_name_server_died_together() {
+    let (mut lab, view, one, _) = two_hosts().await;
+    let old = lab.hosts.remove(0);
+    old.close().await;
+    drop(old);
+    let pid = nix::unistd::Pid::from_raw(helper(&lab.run_dir(1)).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let new = lab.start(1).await;
+    new.reconcile(vec![spec(&[&view], 11)]).await.unwrap();
+    // Without the tables nobody is told that there is no such name.
+    let (_, code) = resolve(&one.netns, "web").unwrap();
+    assert_eq!(code, "ServFail");
+    new.set_network(view.clone()).await.unwrap();
+    let (found, _) = resolve(&one.netns, "web").unwrap();
+    assert_eq!(found, addrs(&["10.77.0.200"]));
+    lab.hosts.insert(0, new);
+    lab.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_server_that_talks_otherwise_is_replaced() {
+    let lab = Lab::new(1).await;
+    // Answers the greeting with nonsense: an empty frame.
+    let path = lab.run_dir(1).join("names.sock");
+    let stranger = std::process::Command::new("python3")
+        .args([
+            "-c",
+            "import socket,sys\n\
+             s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n\
+             print('ready', flush=True)\n\
+             while True:\n c,_=s.accept(); c.recv(100); c.send(bytes(4))",
+        ])
+        .arg(&path)
+        .stdout(std::process::Stdio::piped())
+        .spawn();
+    let mut stranger = stranger.unwrap();
+    let mut ready = [0; 5];
+    stranger
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut ready)
+        .unwrap();
+    let mut view = network("a", "10.77.0.0/24", 5000, false);
+    add_task(&mut view, 11, 1);
+    lab.set_network(&view).await;
+    let one = lab.hosts[0]
+        .ensure_sandbox(&spec(&[&view], 11))
+        .await
+        .unwrap();
+    let (found, _) = resolve(&one.netns, "web").unwrap();
+    assert_eq!(found, addrs(&["10.77.0.200"]));
+    stranger.wait().unwrap();
+    lab.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_of_several_subnets_and_its_own_packet_size_is_one() {
+    let lab = Lab::new(2).await;
+    let mut view = network("a", "10.77.0.0/24", 5000, false);
+    let mut other = network("a", "10.79.0.0/24", 5001, false);
+    add_task(&mut view, 11, 1);
+    add_task(&mut view, 12, 2);
+    add_task(&mut other, 13, 2);
+    view.network.subnets.extend(other.network.subnets);
+    view.endpoints.extend(other.endpoints);
+    view.network.mtu = 1300;
+    lab.set_network(&view).await;
+    let one = lab.hosts[0]
+        .ensure_sandbox(&spec(&[&view], 11))
+        .await
+        .unwrap();
+    lab.hosts[1]
+        .ensure_sandbox(&spec(&[&view], 12))
+        .await
+        .unwrap();
+    lab.hosts[1]
+        .ensure_sandbox(&spec(&[&view], 13))
+        .await
+        .unwrap();
+    for addr in ["10.77.0.12", "10.79.0.13"] {
+        let (reached, text) = command(
+            &one.netns,
+            &format!("ping -c2 -i0.05 -W2 -M do -s 1272 {addr}"),
+        );
+        assert!(reached, "{text}");
+        assert!(!command(&one.netns, &format!("ping -c1 -W1 -M do -s 1273 {addr}")).0);
+    }
+    lab.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_moves_to_another_node_is_followed() {
+    let (lab, mut view, one, _) = two_hosts().await;
+    add_task(&mut view, 13, 2);
+    lab.set_network(&view).await;
+    lab.hosts[1]
+        .ensure_sandbox(&spec(&[&view], 13))
+        .await
+        .unwrap();
+    assert!(command(&one.netns, "ping -c1 -W2 10.77.0.13").0);
+    lab.hosts[1].remove_sandbox(&task_id(13)).await.unwrap();
+    add_task(&mut view, 13, 1);
+    lab.set_network(&view).await;
+    lab.hosts[0]
+        .ensure_sandbox(&spec(&[&view], 13))
+        .await
+        .unwrap();
+    let (reached, text) = command(&one.netns, "ping -c2 -i0.2 -W2 10.77.0.13");
+    assert!(reached, "{text}");
+    lab.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_tasks_answer_over_tcp_and_are_cut_over_udp() {
+    use hickory_proto::op::{Message, Query};
+    use hickory_proto::rr::{Name, RecordType};
+    let (lab, mut view, one, _) = two_hosts().await;
+    for n in 13..99 {
+        add_task(&mut view, n, 2);
+    }
+    lab.set_network(&view).await;
+    let (found, _) = resolve(&one.netns, "tasks.web").unwrap();
+    assert!((20..60).contains(&found.len()), "{}", found.len());
+    let mut query = Message::query();
+    let name = Name::from_ascii("tasks.web").unwrap();
+    query.add_query(Query::query(name, RecordType::A));
+    let query = query.to_vec().unwrap();
+    let answer = within(&one.netns, || {
+        let mut stream = TcpStream::connect("127.0.0.11:53").unwrap();
+        let mut length = [0; 2];
+        stream
+            .write_all(&[&(query.len() as u16).to_be_bytes()[..], &query].concat())
+            .unwrap();
+        stream.read_exact(&mut length).unwrap();
+        let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+        stream.read_exact(&mut answer).unwrap();
+        answer
+    });
+    assert_eq!(Message::from_vec(&answer).unwrap().answers.len(), 88);
+    lab.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_and_specs_that_make_no_sense_change_nothing() {
+    let lab = Lab::new(1).await;
+    let host = &lab.hosts[0];
+    let mut view = network("a", "10.77.0.0/24", 5000, false);
+    add_task(&mut view, 11, 1);
+    for (subnet, vni) in [("nonsense", 5000), ("fd00::/64", 5000), ("10.77.0.0/24", 0)] {
+        let bad = network("b", subnet, vni, false);
+        assert!(host.set_network(bad).await.is_err(), "{subnet} {vni}");
+    }
+    let unknown = spec(&[&view], 11);
+    assert!(host.ensure_sandbox(&unknown).await.is_err());
+    host.set_network(view.clone()).await.unwrap();
+    for (id, addr) in [
+        ("../../etc", "10.77.0.11/24"),
+        ("x", "10.77.0.11"),
+        ("", "10.77.0.11/24"),
+    ] {
+        let mut bad = spec(&[&view], 11);
+        bad.task_id = id.into();
+        bad.attachments[0].addr = addr.into();
+        assert!(host.ensure_sandbox(&bad).await.is_err(), "{id} {addr}");
+    }
+    assert_eq!(host.held_networks().await.len(), 0);
+    assert!(
+        host.set_underlay("192.0.2.77".parse().unwrap(), 4789)
+            .await
+            .is_err()
+    );
+    lab.end().await;
+}

@@ -583,3 +583,76 @@ fn hold(host: &Host, protocol: u8, port: u16) -> io::Result<(OwnedFd, u16)> {
         Ok((holder, bound.port()))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bridge(prefix: u8) -> Bridge {
+        Bridge {
+            index: 1,
+            addr: Ipv4Net::new(Ipv4Addr::new(172, 18, 0, 1), prefix).unwrap(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn leases_are_unique_and_inside_the_subnet(
+            prefix in 24u8..=29,
+            steps in proptest::collection::vec((any::<bool>(), 0u8..40), 0..200),
+        ) {
+            let bridge = bridge(prefix);
+            let mut gateway = Gateway::default();
+            for (take, task) in steps {
+                let task = TaskId::from(task.to_string());
+                if !take {
+                    gateway.leases.remove(&task);
+                    continue;
+                }
+                let room = (1usize << (32 - prefix)) - 3;
+                let full = gateway.leases.len() >= room && !gateway.leases.contains_key(&task);
+                match gateway.lease(&task, bridge) {
+                    Ok(addr) => {
+                        prop_assert!(bridge.addr.contains(&addr));
+                        prop_assert!(addr != bridge.addr.addr());
+                        prop_assert!(addr != bridge.addr.network() && addr != bridge.addr.broadcast());
+                        let holders = gateway.leases.values().filter(|held| **held == addr).count();
+                        prop_assert_eq!(holders, 1);
+                    }
+                    Err(_) => prop_assert!(full, "{} of {room}", gateway.leases.len()),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_rests_before_it_is_given_out_again() {
+        let mut gateway = Gateway::default();
+        let (one, two) = (TaskId::from("one"), TaskId::from("two"));
+        let first = gateway.lease(&one, bridge(24)).unwrap();
+        gateway.leases.remove(&one);
+        assert_ne!(gateway.lease(&two, bridge(24)).unwrap(), first);
+    }
+
+    #[test]
+    fn ports_that_make_no_sense_are_refused() {
+        let port = |published_port, target_port, protocol: PortProtocol| PortConfig {
+            published_port,
+            target_port,
+            protocol: protocol.into(),
+            ..Default::default()
+        };
+        assert!(HostPort::parse(&port(80, 80, PortProtocol::Tcp)).is_ok());
+        assert!(HostPort::parse(&port(0, 80, PortProtocol::Udp)).is_ok());
+        for bad in [
+            port(80, 0, PortProtocol::Tcp),
+            port(65536, 80, PortProtocol::Tcp),
+            port(80, 65536, PortProtocol::Tcp),
+            port(80, 80, PortProtocol::Sctp),
+        ] {
+            assert!(HostPort::parse(&bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -616,20 +616,25 @@ impl Dataplane for KernelDataplane {
                 let task = plan.spec.task_id.clone();
                 let slot = inner.sandbox_slot(&task);
                 let mut slot = slot.lock();
-                let mut live = match slot.take() {
-                    Some(live) if live.plan.attachments == plan.attachments => live,
+                let (mut live, existed) = match slot.take() {
+                    Some(live) if live.plan.attachments == plan.attachments => (live, true),
                     Some(other) => {
                         inner.dismantle(other)?;
-                        new_sandbox(inner, plan)?
+                        (new_sandbox(inner, plan)?, false)
                     }
-                    None => new_sandbox(inner, plan)?,
+                    None => (new_sandbox(inner, plan)?, false),
                 };
                 match inner.build(&mut live) {
                     Ok(()) => {
                         let sandbox = inner.describe(&live);
                         let external = live.gateway_addr.is_some();
                         *slot = Some(live);
-                        Ok((sandbox, external))
+                        Ok((sandbox, external, existed))
+                    }
+                    // A container may be running in it: better a part of its network than none.
+                    Err(error) if existed => {
+                        *slot = Some(live);
+                        Err(error)
                     }
                     Err(error) => {
                         if let Err(undo) = inner.dismantle(live) {
@@ -640,7 +645,7 @@ impl Dataplane for KernelDataplane {
                 }
             })
             .await;
-        let (sandbox, external) = match made {
+        let (sandbox, external, existed) = match made {
             Ok(made) => made,
             Err(error) => {
                 self.forget_sandbox(&task);
@@ -653,7 +658,7 @@ impl Dataplane for KernelDataplane {
             .set_sandbox(&names, &sandbox.netns, external)
             .await
         {
-            if let Err(undo) = self.remove_sandbox(&task).await {
+            if !existed && let Err(undo) = self.remove_sandbox(&task).await {
                 tracing::warn!(%task, error = %undo, "undoing a sandbox");
             }
             return Err(error);

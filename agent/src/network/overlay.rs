@@ -302,6 +302,7 @@ impl Overlay {
                 .link(&name)?
                 .ok_or(io::ErrorKind::NotFound)?;
             self.netns.route.enslave(link.index, self.bridge)?;
+            self.netns.route.stop_learning(link.index)?;
             self.devices.insert(vni, (link.index, vxlan));
         }
         if self.mtu != shape.mtu {
@@ -323,6 +324,7 @@ impl Overlay {
                 Step::Set { vni, addr, vtep } => {
                     if let Some((link, _)) = self.devices.get(&vni) {
                         route.set_forwarding(*link, mac_of(addr), vtep)?;
+                        route.set_station(*link, mac_of(addr))?;
                         route.set_neighbour(*link, addr, mac_of(addr))?;
                         self.forwarding.take(step);
                     }
@@ -330,6 +332,7 @@ impl Overlay {
                 Step::Remove { vni, addr } => {
                     if let Some((link, _)) = self.devices.get(&vni) {
                         route.remove_neighbour(*link, addr)?;
+                        route.remove_station(*link, mac_of(addr))?;
                         route.remove_forwarding(*link, mac_of(addr))?;
                     }
                     self.forwarding.take(step);
@@ -375,6 +378,13 @@ impl Overlay {
                 self.mtu,
             )?;
         }
+        let near = self
+            .netns
+            .route
+            .link(&port)?
+            .ok_or(io::ErrorKind::NotFound)?;
+        self.netns.route.stop_learning(near.index)?;
+        self.netns.route.set_station(near.index, mac)?;
         let link = sandbox.route.link(name)?.ok_or(io::ErrorKind::NotFound)?;
         sandbox.route.add_address(link.index, addr)?;
         sandbox.route.set_up(link.index)?;

@@ -22,6 +22,7 @@ const IFLA_VXLAN_LEARNING: u16 = 7;
 const IFLA_VXLAN_PROXY: u16 = 11;
 const IFLA_VXLAN_PORT: u16 = 15;
 const IFLA_BRPORT_MODE: u16 = 4;
+const IFLA_BRPORT_LEARNING: u16 = 8;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
 const IFLA_BR_MCAST_SNOOPING: u16 = 23;
 const VETH_INFO_PEER: u16 = 1;
@@ -341,6 +342,21 @@ impl Route {
         })
     }
 
+    /// A bridge's port on which the bridge learns no addresses.
+    pub fn stop_learning(&self, index: u32) -> io::Result<()> {
+        self.call(|request| {
+            request
+                .message(
+                    libc::RTM_SETLINK,
+                    ACK,
+                    &link_header(AF_BRIDGE, index, false),
+                )
+                .nest(libc::IFLA_PROTINFO, |port| {
+                    port.u8(IFLA_BRPORT_LEARNING, 0);
+                });
+        })
+    }
+
     /// Removes a link. Already gone is success.
     pub fn remove_link(&self, name: &str) -> io::Result<()> {
         ignore_gone(self.call(|request| {
@@ -459,6 +475,32 @@ impl Route {
                     libc::RTM_DELNEIGH,
                     ACK,
                     &neighbour_header(AF_BRIDGE, index, 0, libc::NTF_SELF),
+                )
+                .attr(NDA_LLADDR, &mac);
+        }))
+    }
+
+    /// Tells a bridge, for good, behind which of its ports a MAC address is.
+    pub fn set_station(&self, port: u32, mac: Mac) -> io::Result<()> {
+        self.call(|request| {
+            request
+                .message(
+                    libc::RTM_NEWNEIGH,
+                    ACK | CREATE | REPLACE,
+                    &neighbour_header(AF_BRIDGE, port, libc::NUD_NOARP, libc::NTF_MASTER),
+                )
+                .attr(NDA_LLADDR, &mac);
+        })
+    }
+
+    /// Takes it back, if the bridge has it behind that port. Already gone is success.
+    pub fn remove_station(&self, port: u32, mac: Mac) -> io::Result<()> {
+        ignore_gone(self.call(|request| {
+            request
+                .message(
+                    libc::RTM_DELNEIGH,
+                    ACK,
+                    &neighbour_header(AF_BRIDGE, port, 0, libc::NTF_MASTER),
                 )
                 .attr(NDA_LLADDR, &mac);
         }))

@@ -254,6 +254,16 @@ impl State {
         match answer::decide(packet, &served.names, mine, turn) {
             Outcome::Answer(answer) => Decision::Answer(answer),
             Outcome::Ignore => Decision::Ignore,
+            // The agent has yet to say what this network holds: to ask outside would be wrong, and so would "no".
+            Outcome::Forward(query)
+                if served
+                    .names
+                    .networks
+                    .iter()
+                    .any(|id| !tables.contains_key(id)) =>
+            {
+                Decision::Answer(answer::respond(&query, ResponseCode::ServFail))
+            }
             // From internal networks nothing leaves, questions neither.
             Outcome::Forward(query) if !served.names.external => {
                 Decision::Answer(answer::respond(&query, ResponseCode::NXDomain))
