@@ -28,7 +28,7 @@ use crate::types::{Entry, LogId, Vote, decode, encode};
 const RECORD_MAX: usize = 6 * 1024;
 /// What fits into a record: its seal and the number of parts take the rest.
 const PAYLOAD_MAX: usize = RECORD_MAX - OVERHEAD - 2;
-/// Keys deleted between two looks at the queue by a purge.
+/// sled's page cache; its default is a gibibyte.
 const CACHE_BYTES: u64 = 64 << 20;
 /// How long a lock left by a predecessor that is still being dropped is waited for.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -530,6 +530,13 @@ impl Disk {
                 .ok_or_else(|| damaged("too short".into()))
         };
         Ok((number(0..8)?, number(8..16)?))
+    }
+
+    /// One on which the next sync cannot be completed.
+    #[cfg(test)]
+    pub(crate) fn failing(self) -> Self {
+        let mark = File::open(&self.mark_path).unwrap();
+        Self { mark, ..self }
     }
 
     fn read_failed(&self, error: sled::Error) -> DiskError {

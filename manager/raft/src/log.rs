@@ -23,7 +23,7 @@ use swarm_identity::DataKey;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use crate::disk::{Disk, entry_size};
+use crate::disk::{Disk, Recovered, entry_size};
 use crate::error::{DiskError, FatalReporter, chain};
 use crate::seal::Sealer;
 use crate::types::{Entry, LogId, TypeConfig, Vote};
@@ -89,8 +89,11 @@ impl Known {
 
     fn truncate_after(&mut self, keep: Option<LogId>) {
         let next = keep.map_or(0, |id| id.index + 1);
-        while let Some(entry) = self.tail.pop_back_if(|entry| entry.log_id().index >= next) {
-            self.tail_bytes -= entry_size(&entry);
+        while let Some(entry) = self.tail.back()
+            && entry.log_id().index >= next
+        {
+            self.tail_bytes -= entry_size(entry);
+            self.tail.pop_back();
         }
         self.written = self.written.min(next);
         // Nothing beyond the end is made up, and what is purged stays the floor.
@@ -100,11 +103,11 @@ impl Known {
     }
 
     fn purge(&mut self, upto: LogId) {
-        while let Some(entry) = self
-            .tail
-            .pop_front_if(|entry| entry.log_id().index <= upto.index)
+        while let Some(entry) = self.tail.front()
+            && entry.log_id().index <= upto.index
         {
-            self.tail_bytes -= entry_size(&entry);
+            self.tail_bytes -= entry_size(entry);
+            self.tail.pop_front();
         }
         self.purged = self.purged.max(Some(upto));
         self.last = self.last.max(Some(upto));
@@ -157,6 +160,15 @@ impl LogStore {
         fatal: FatalReporter,
     ) -> Result<(Self, LogWriter), DiskError> {
         let (disk, found) = Disk::open(dir, Sealer::new(key))?;
+        Self::start(disk, found, blocking, fatal)
+    }
+
+    fn start(
+        disk: Disk,
+        found: Recovered,
+        blocking: Handle,
+        fatal: FatalReporter,
+    ) -> Result<(Self, LogWriter), DiskError> {
         let disk = Arc::new(disk);
         let known = Arc::new(Mutex::new(Known {
             purged: found.purged,

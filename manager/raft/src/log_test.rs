@@ -217,6 +217,28 @@ async fn damage_anywhere_in_the_file_is_never_taken_for_data() {
     assert!(refused > 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_failed_write_nothing_is_acknowledged_and_the_owner_knows() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, found) = Disk::open(dir.path(), Sealer::new(&DataKey::random())).unwrap();
+    let fatal = FatalReporter::new();
+    let mut reported = fatal.subscribe();
+    let (mut log, _writer) =
+        LogStore::start(disk.failing(), found, Handle::current(), fatal).unwrap();
+    for index in 0..2 {
+        let (done, flushed) = TypeConfig::oneshot();
+        log.append([entry(1, index, 10)], IOFlushed::signal(done))
+            .await
+            .unwrap();
+        assert!(flushed.await.unwrap().is_err());
+    }
+    assert!(log.save_vote(&Vote::new(5, 1)).await.is_err());
+    assert_eq!(log.read_vote().await.unwrap(), None);
+    let failure = reported.wait_for(Option::is_some).await.unwrap().clone();
+    let failure = failure.unwrap();
+    assert!(failure.reason.contains("log.mark"), "{failure}");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Append { count: u64, size: usize },

@@ -62,6 +62,10 @@ pub struct RaftTiming {
 }
 
 impl Default for RaftTiming {
+    /// Fails over in about half a second. With threads, runtime and connections of
+    /// their own, heartbeats held these times on a two-core machine at a load of 18
+    /// (three managers in one debug process, no term lost in 20 s of writes), with
+    /// and without the right to raise the priority.
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_millis(50),

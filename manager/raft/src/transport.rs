@@ -27,10 +27,14 @@ use tokio::runtime::Handle;
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
+use crate::disk::entry_size;
 use crate::types::{Peer, Snapshot, SnapshotMeta, TypeConfig, Vote, decode, encode};
 
 /// No raft message is larger: a full append message, or one entry of the largest transaction.
 pub(crate) const RAFT_MESSAGE_MAX: usize = 4 << 20;
+/// A MiB of entries may take a receiver this long: sending them again to one
+/// that is slow only makes it slower.
+const SLOWEST: Duration = Duration::from_secs(8);
 /// Pieces of a snapshot.
 const SNAPSHOT_PIECE: usize = 1 << 20;
 /// Connections that are kept; members are few, so more are left over from former ones.
@@ -223,7 +227,10 @@ impl RaftNetworkV2<TypeConfig> for Remote {
         // openraft offers one heartbeat interval, which a disk may well take.
         let within = match self.lane {
             Lane::Control => option.hard_ttl(),
-            _ => self.network.entries_timeout,
+            _ => {
+                let bytes: usize = rpc.entries.iter().map(entry_size).sum();
+                self.network.entries_timeout + SLOWEST.mul_f64(bytes as f64 / (1 << 20) as f64)
+            }
         };
         self.call(self.lane, within, &rpc, |mut client, message| async move {
             client.append_entries(message).await

@@ -15,7 +15,7 @@ use swarm_proto::v1::rejection::Code;
 use swarm_proto::v1::{Node, NodeRole, RaftMessage, ReadIndexRequest, Transaction};
 use swarm_raft::{RaftConfig, RaftNode, StartError};
 use swarm_store::testing::{cluster, create, network, node, transaction};
-use swarm_store::{Consensus, MembershipError, ProposeError};
+use swarm_store::{Consensus, Member, MembershipError, ProposeError};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use zeroize::Zeroizing;
@@ -411,20 +411,21 @@ async fn followers_forward_and_read_what_the_leader_has_committed() {
             matches!(result, Err(ProposeError::TooLarge { .. })),
             "{result:?}"
         );
-        let large = Transaction {
-            proposer: "x".repeat(TRANSACTION_MAX - 1000),
-            ..transaction([])
-        };
-        node.propose(large).await.unwrap();
     }
-    let members = leader.members();
-    assert_eq!(members.len(), 3);
-    assert!(
-        members
-            .iter()
-            .all(|member| member.voter && member.reachable),
-        "{members:?}"
-    );
+    let largest = Transaction {
+        proposer: "x".repeat(TRANSACTION_MAX - 1000),
+        ..transaction([])
+    };
+    follower.propose(largest).await.unwrap();
+    // Reachability is a matter of time alone, so there is nothing to wait on.
+    let all_in = |members: &[Member]| members.iter().all(|one| one.voter && one.reachable);
+    let reachable = async {
+        while !all_in(&leader.members()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("hearing from all", reachable).await;
+    assert_eq!(leader.members().len(), 3);
     assert!(hosts.iter().all(|host| blobs(host.dir.path()) == 0));
 }
 
