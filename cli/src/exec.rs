@@ -43,7 +43,6 @@ pub struct Exec {
         required = true,
         num_args = 2..,
         trailing_var_arg = true,
-        allow_hyphen_values = true,
         value_names = ["TASK", "COMMAND"]
     )]
     task_and_command: Vec<String>,
@@ -105,9 +104,6 @@ pub async fn run(flags: Exec, daemon: &Daemon) -> Result {
     let (input, requests) = mpsc::channel(QUEUE);
     // The queue is empty: there is room.
     let _ = input.try_send(message(exec_request::Message::Start(start)));
-    let answer = daemon.local().exec(ReceiverStream::new(requests)).await?;
-    let mut output = answer.into_inner();
-
     let raw = (flags.tty && terminal && flags.interactive)
         .then(Raw::enter)
         .flatten();
@@ -118,6 +114,9 @@ pub async fn run(flags: Exec, daemon: &Daemon) -> Result {
     } else {
         let _ = input.try_send(message(exec_request::Message::StdinClosed(true)));
     }
+    // Input flows from the start: the other side may want some before it answers.
+    let answer = daemon.local().exec(ReceiverStream::new(requests)).await?;
+    let mut output = answer.into_inner();
     let mut resized = signal(SignalKind::window_change())
         .map_err(|error| format!("cannot watch the terminal's size: {error}"))?;
     let code = loop {

@@ -71,7 +71,6 @@ pub struct Create {
     #[arg(
         required = true,
         trailing_var_arg = true,
-        allow_hyphen_values = true,
         value_names = ["IMAGE", "COMMAND", "ARG"]
     )]
     pub image: Vec<String>,
@@ -91,8 +90,8 @@ pub async fn run(flags: Create, daemon: &Daemon) -> Result {
         output::warn(&text);
     }
     output::line(&service.id)?;
-    if flags.common.detach || flags.common.quiet {
+    if flags.common.detach {
         return Ok(());
     }
-    progress::wait(daemon, &service, &service.id).await
+    progress::wait(daemon, &service, &service.id, flags.common.quiet).await
 }

@@ -258,19 +258,24 @@ fn created(task: &Task) -> (i64, i32, u64) {
 /// Lines that are drawn again in place on a terminal, and one after the other elsewhere.
 struct Screen {
     terminal: Option<usize>,
+    quiet: bool,
     drawn: Vec<(String, String)>,
 }
 
 impl Screen {
-    fn new() -> Self {
+    fn new(quiet: bool) -> Self {
         let width = terminal_size::terminal_size().map(|(width, _)| usize::from(width.0));
         Self {
             terminal: std::io::stdout().is_terminal().then(|| width.unwrap_or(80)),
+            quiet,
             drawn: Vec::new(),
         }
     }
 
     fn draw(&mut self, name: &str, text: &str) -> Result {
+        if self.quiet {
+            return Ok(());
+        }
         let place = self.drawn.iter().position(|(known, _)| known == name);
         if let Some(place) = place
             && self.drawn[place].1 == text
@@ -305,10 +310,10 @@ fn cut(text: &str, width: usize) -> String {
 }
 
 /// Shows the service's progress until it has converged and stayed so. `shown` is what
-/// the user calls it. Ctrl-C ends the wait, not the work.
-pub async fn wait(daemon: &Daemon, service: &Service, shown: &str) -> Result {
+/// the user calls it; `quiet` waits without a word. Ctrl-C ends the wait, not the work.
+pub async fn wait(daemon: &Daemon, service: &Service, shown: &str, quiet: bool) -> Result {
     tokio::select! {
-        done = follow(daemon, service, shown) => done,
+        done = follow(daemon, service, shown, Screen::new(quiet)) => done,
         _ = tokio::signal::ctrl_c() => {
             output::line("Operation continuing in background.")?;
             output::line(&format!("Use `swarm service ps {shown}` to check progress."))
@@ -316,8 +321,7 @@ pub async fn wait(daemon: &Daemon, service: &Service, shown: &str) -> Result {
     }
 }
 
-async fn follow(daemon: &Daemon, service: &Service, shown: &str) -> Result {
-    let mut screen = Screen::new();
+async fn follow(daemon: &Daemon, service: &Service, shown: &str, mut screen: Screen) -> Result {
     let mut since: Option<Instant> = None;
     loop {
         let mut progress = Progress::new(service);
@@ -380,6 +384,7 @@ async fn follow(daemon: &Daemon, service: &Service, shown: &str) -> Result {
                 Err(status) => return Err(status.into()),
             }
         }
+        tokio::time::sleep(RETRY_PAUSE).await;
     }
 }
 

@@ -59,7 +59,7 @@ pub async fn run(flags: Scale, daemon: &Daemon) -> Result {
     }
     if !flags.detach {
         for (service, name) in waiting {
-            progress::wait(daemon, &service, name).await?;
+            progress::wait(daemon, &service, name, false).await?;
         }
     }
     list::finish(&errors)

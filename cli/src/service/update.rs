@@ -161,8 +161,8 @@ pub async fn run(mut flags: Update, daemon: &Daemon) -> Result {
         output::warn(text);
     }
     output::line(&flags.service)?;
-    if flags.common.detach || flags.common.quiet {
+    if flags.common.detach {
         return Ok(());
     }
-    progress::wait(daemon, &service, &flags.service).await
+    progress::wait(daemon, &service, &flags.service, flags.common.quiet).await
 }
