@@ -441,3 +441,155 @@ fn session_info(state: &State, node_id: &NodeId) -> SessionInfo {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use swarm_proto::v1::{TaskState, TaskStatus};
+    use swarm_store::testing::{LocalConsensus, create, node, service, task, update};
+
+    use super::*;
+
+    struct Running {
+        consensus: Arc<LocalConsensus>,
+        hub: Hub,
+        cancel: CancellationToken,
+        run: tokio::task::JoinHandle<()>,
+    }
+
+    /// A hub over a cluster of one node "w1" with a service "s".
+    fn running() -> Running {
+        let consensus = LocalConsensus::new();
+        let made = [
+            create(node("w1", "192.0.2.1")),
+            create(service("s", "web", &[])),
+        ];
+        consensus.write(made).expect("valid");
+        let cancel = CancellationToken::new();
+        let (hub, run) = hub(consensus.clone(), cancel.clone());
+        Running {
+            consensus,
+            hub,
+            cancel,
+            run: tokio::spawn(run),
+        }
+    }
+
+    impl Running {
+        async fn open(&self) -> Registered {
+            let opened = self.hub.open("w1".into(), SessionId::random()).await;
+            opened.expect("the hub runs")
+        }
+
+        fn assign(&self, id: &str) -> u64 {
+            let mut made = task(id, "s", &[]);
+            made.node_id = "w1".into();
+            made.status = Some(TaskStatus {
+                state: TaskState::Assigned.into(),
+                ..TaskStatus::default()
+            });
+            self.consensus.write([create(made)]).expect("valid")
+        }
+
+        async fn stop(self) {
+            self.cancel.cancel();
+            self.run.await.expect("no panic");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_session_that_does_not_keep_up_is_ended() {
+        let running = running();
+        let mut slow = running.open().await;
+        // Changes that the hub takes together are one update: go on until it is full.
+        let mut tasks = 0..SESSION_QUEUE * 8;
+        let ended = loop {
+            if let Ok(ended) = slow.ended.try_recv() {
+                break ended;
+            }
+            let number = tasks.next().expect("the queue is bounded");
+            running.assign(&format!("t{number}"));
+            tokio::task::yield_now().await;
+        };
+        assert_eq!(ended.code(), tonic::Code::ResourceExhausted);
+        // What it was sent is in order, without a gap.
+        let mut revision = None;
+        while let Ok(update) = slow.updates.try_recv() {
+            match update {
+                Update::Complete(state) => revision = Some(state.index()),
+                Update::Incremental {
+                    applies_to,
+                    results_in,
+                    ..
+                } => {
+                    assert_eq!(revision, Some(applies_to));
+                    revision = Some(results_in);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn after_a_snapshot_was_installed_sessions_get_complete_sets() {
+        let running = running();
+        let mut session = running.open().await;
+        assert!(matches!(
+            session.updates.recv().await,
+            Some(Update::Complete(_))
+        ));
+        let mut ahead = State::clone(&running.consensus.store().state());
+        let mut made = task("t", "s", &[]);
+        made.node_id = "w1".into();
+        let index = ahead.index() + 100;
+        let transaction = swarm_store::testing::transaction([create(made)]);
+        ahead = ahead.apply(index, &transaction).expect("valid").state;
+        running.consensus.store().replace(ahead);
+        loop {
+            match session.updates.recv().await.expect("the session goes on") {
+                Update::Complete(state) => {
+                    assert_eq!(state.index(), index);
+                    break;
+                }
+                Update::Info(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let next = running.assign("t2");
+        match session.updates.recv().await.expect("the session goes on") {
+            Update::Incremental {
+                applies_to,
+                results_in,
+                ..
+            } => {
+                assert_eq!((applies_to, results_in), (index, next));
+            }
+            other => panic!("{other:?}"),
+        }
+        running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn what_does_not_concern_a_node_is_not_sent_to_it() {
+        let running = running();
+        let mut session = running.open().await;
+        assert!(matches!(
+            session.updates.recv().await,
+            Some(Update::Complete(_))
+        ));
+        let store = running.consensus.store();
+        let mut seen = (**store.state().node("w1").expect("there")).clone();
+        seen.status.as_mut().expect("set").message = "seen".into();
+        running.consensus.write([update(seen)]).expect("valid");
+        running
+            .consensus
+            .write([create(node("w2", ""))])
+            .expect("valid");
+        let index = running.assign("t");
+        match session.updates.recv().await.expect("the session goes on") {
+            Update::Incremental { results_in, .. } => assert_eq!(results_in, index),
+            other => panic!("{other:?}"),
+        }
+        running.stop().await;
+    }
+}
