@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use hyper_util::rt::TokioIo;
 use swarm_proto::v1::control_client::ControlClient;
 use swarm_proto::v1::node_local_client::NodeLocalClient;
-use swarm_proto::v1::{InfoRequest, InfoResponse, LocalState};
+use swarm_proto::v1::{InfoRequest, InfoResponse, NodeRole};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
@@ -57,20 +57,8 @@ impl Daemon {
         Ok(self.local().info(InfoRequest {}).await?.into_inner())
     }
 
-    /// Why this node does not serve the Control API, in the words that people know.
-    pub async fn why_no_control(&self) -> String {
-        let Ok(info) = self.info().await else {
-            return "This node is not a swarm manager.".to_owned();
-        };
-        let rest = match info.state() {
-            LocalState::Inactive => {
-                "Use \"swarm init\" or \"swarm join\" to connect this node to swarm and try again."
-            }
-            _ if info.role() == swarm_proto::v1::NodeRole::Worker => {
-                "Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node or promote the current node to a manager."
-            }
-            _ => "Manager is being prepared or has trouble connecting to the cluster.",
-        };
-        format!("This node is not a swarm manager. {rest}")
+    /// Whether this node only knows of itself: a worker, or a node in no swarm.
+    pub async fn is_worker(&self) -> Result<bool> {
+        Ok(self.info().await?.role() == NodeRole::Worker)
     }
 }

@@ -23,10 +23,9 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use clap::error::ErrorKind;
-use tonic::Code;
 
 use daemon::Daemon;
-use failure::{Failure, Result};
+use failure::Result;
 
 /// Runs containers on a cluster of machines
 #[derive(clap::Parser, Debug)]
@@ -98,16 +97,7 @@ fn main() -> ExitCode {
 
 async fn run(cli: Cli) -> Result {
     let daemon = Daemon::connect(&cli.socket).await?;
-    match dispatch(cli.command, &daemon).await {
-        // A node that is no manager does not serve the Control API.
-        Err(Failure::Daemon(status)) if status.code() == Code::Unimplemented => {
-            Err(Failure::Plain(format!(
-                "Error response from daemon: {}",
-                daemon.why_no_control().await
-            )))
-        }
-        other => other,
-    }
+    dispatch(cli.command, &daemon).await
 }
 
 async fn dispatch(command: Command, daemon: &Daemon) -> Result {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::pin::Pin;
 use std::process::Stdio;
+use std::task::{Context, Poll};
 
 use swarm_proto::v1::node_local_server::{NodeLocal, NodeLocalServer};
 use swarm_proto::v1::{
@@ -17,10 +18,40 @@ use tokio::process::Command;
 use tokio_stream::Stream;
 use tokio_stream::iter;
 use tokio_stream::wrappers::UnixListenerStream;
+use tonic::body::Body;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
+use tower::Service;
 
 const NETWORK: &str = "abcdefghijklmnopqrstuvwxy";
+
+/// What swarmd says on a worker's local socket to everything but NodeLocal.
+const REFUSAL: &str = "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node or promote the current node to a manager.";
+
+/// Refuses the managers' services.
+#[derive(Clone)]
+struct Refusing<S>(S);
+
+impl<S> Service<http::Request<Body>> for Refusing<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if request.uri().path().starts_with("/swarm.v1.NodeLocal/") {
+            return Box::pin(self.0.call(request));
+        }
+        Box::pin(async { Ok(Status::unavailable(REFUSAL).into_http()) })
+    }
+}
 
 struct Worker;
 
@@ -196,6 +227,7 @@ async fn a_worker_answers_for_itself_and_not_for_the_cluster() {
     let socket = directory.path().join("swarm.sock");
     let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
     let serve = Server::builder()
+        .layer(tower::layer::layer_fn(Refusing))
         .add_service(NodeLocalServer::new(Worker))
         .serve_with_incoming(incoming);
     let server = tokio::spawn(serve);
@@ -212,7 +244,7 @@ async fn a_worker_answers_for_itself_and_not_for_the_cluster() {
         assert_eq!(ran.code, Some(1));
         assert_eq!(
             ran.err,
-            "Error response from daemon: This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node or promote the current node to a manager.\n",
+            format!("Error response from daemon: {REFUSAL}\n"),
             "{args:?}"
         );
     }

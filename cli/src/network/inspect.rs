@@ -27,30 +27,24 @@ pub struct Inspect {
 pub async fn run(flags: Inspect, daemon: &Daemon) -> Result {
     let mut found: Vec<Value> = Vec::new();
     let mut missing = Vec::new();
-    let mut held: Option<Vec<LocalNetwork>> = None;
+    let held = super::local(daemon).await?;
+    let worker = daemon.is_worker().await?;
     for reference in &flags.networks {
-        let request = GetNetworkRequest {
-            r#ref: reference.clone(),
-            verbose: flags.verbose,
-        };
-        let status = match daemon.control().get_network(request).await {
-            Ok(detail) => {
-                found.push(json::network(&detail.into_inner(), flags.verbose));
-                continue;
+        if !worker {
+            let request = GetNetworkRequest {
+                r#ref: reference.clone(),
+                verbose: flags.verbose,
+            };
+            match daemon.control().get_network(request).await {
+                Ok(detail) => {
+                    found.push(json::network(&detail.into_inner(), flags.verbose));
+                    continue;
+                }
+                Err(status) if status.code() == Code::NotFound => {}
+                Err(status) => return Err(status.into()),
             }
-            Err(status) => status,
-        };
-        if !matches!(
-            status.code(),
-            Code::NotFound | Code::Unimplemented | Code::FailedPrecondition
-        ) {
-            return Err(status.into());
         }
-        if held.is_none() {
-            held = Some(super::local(daemon).await?);
-        }
-        let matching = held.as_deref().and_then(|all| pick(all, reference));
-        match matching {
+        match pick(&held, reference) {
             Some(local) => found.push(json::local_network(local)),
             None => missing.push(format!(
                 "Error response from daemon: network {reference} not found"

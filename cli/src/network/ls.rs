@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use swarm_proto::v1::{GetNetworkRequest, ListNetworksRequest, LocalNetwork, Network};
-use tonic::Code;
 
 use crate::daemon::Daemon;
 use crate::failure::Result;
@@ -94,30 +93,14 @@ pub async fn run(flags: Ls, daemon: &Daemon) -> Result {
     let kinds = given.choices("type", &[("custom", true), ("builtin", false)])?;
 
     let local = super::local(daemon).await?;
-    let answer = daemon
-        .control()
-        .list_networks(ListNetworksRequest::default())
-        .await;
-    let mut lines: Vec<Line> = match answer {
-        Ok(answer) => {
-            let cluster = answer.into_inner().networks;
-            let own = local.iter().filter(|local| local.scope == "local");
-            cluster
-                .iter()
-                .map(Line::from)
-                .chain(own.map(Line::from))
-                .collect()
-        }
-        // A worker.
-        Err(status)
-            if matches!(
-                status.code(),
-                Code::Unimplemented | Code::FailedPrecondition
-            ) =>
-        {
-            local.iter().map(Line::from).collect()
-        }
-        Err(status) => return Err(status.into()),
+    let mut lines: Vec<Line> = if daemon.is_worker().await? {
+        local.iter().map(Line::from).collect()
+    } else {
+        let request = ListNetworksRequest::default();
+        let cluster = daemon.control().list_networks(request).await?.into_inner();
+        let own = local.iter().filter(|local| local.scope == "local");
+        let cluster = cluster.networks.iter().map(Line::from);
+        cluster.chain(own.map(Line::from)).collect()
     };
     lines.retain(|line| {
         matches(line, &given) && (kinds.is_empty() || kinds.contains(&(line.scope == "swarm")))

@@ -2,7 +2,7 @@
 
 use super::{change, progress, spec};
 use crate::daemon::Daemon;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::output;
 use crate::output::list;
 
@@ -49,10 +49,6 @@ pub async fn run(flags: Scale, daemon: &Daemon) -> Result {
             Ok(service) => {
                 output::line(&format!("{name} scaled to {replicas}"))?;
                 waiting.push((service, name));
-            }
-            // Not about this service alone: the caller explains it.
-            Err(Failure::Daemon(status)) if status.code() == tonic::Code::Unimplemented => {
-                return Err(Failure::Daemon(status));
             }
             Err(failure) => errors.extend(failure.text()),
         }
