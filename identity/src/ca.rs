@@ -276,6 +276,10 @@ impl fmt::Debug for NewKey {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
     use super::*;
     use crate::cert::Leaf;
 
@@ -384,6 +388,19 @@ mod tests {
                 error.to_string().starts_with("invalid certificate request"),
                 "{error}"
             );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_request_of_any_bytes_is_refused_and_never_panics(
+            bytes in proptest::collection::vec(any::<u8>(), 0..300)
+        ) {
+            static ROOT: LazyLock<RootCa> = LazyLock::new(|| RootCa::create(SystemTime::now()).unwrap());
+            let wrapped = pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", bytes.clone()));
+            for text in [bytes.as_slice(), wrapped.as_bytes()] {
+                prop_assert!(ROOT.sign(text, &subject(), LIFE_MIN, SystemTime::now()).is_err());
+            }
         }
     }
 }

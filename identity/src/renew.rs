@@ -40,7 +40,11 @@ pub async fn keep_renewed(
         };
         if wait.is_zero() {
             let addrs = managers.borrow_and_update().clone();
-            match renew(&identity, &store, &addrs).await {
+            let renewed = tokio::select! {
+                () = cancel.cancelled() => return,
+                renewed = renew(&identity, &store, &addrs) => renewed,
+            };
+            match renewed {
                 Ok(()) if identity.role() == wanted => {
                     retry = RETRY_FIRST;
                     continue;
@@ -59,6 +63,7 @@ pub async fn keep_renewed(
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
             Ok(()) = role.changed() => {}
+            Ok(()) = managers.changed(), if wait.is_zero() => {}
         }
         if wait.is_zero() {
             retry = (retry * 2).min(RETRY_MAX);

@@ -310,6 +310,22 @@ async fn a_node_joins_with_the_root_checked_first() {
 }
 
 #[tokio::test]
+async fn an_oversized_message_is_refused_before_it_is_read() {
+    let manager = manager().await;
+    let member = identity(&manager.root, "n2", NodeRole::Manager);
+    let huge = IssueCertificateRequest {
+        csr_pem: vec![b'a'; swarm_proto::defaults::MESSAGE_MAX + 1].into(),
+        ..IssueCertificateRequest::default()
+    };
+    let mut client = CaClient::new(member.channel(&manager.addr).unwrap());
+    let refusal = client.issue_certificate(huge).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::OutOfRange);
+    assert!(refusal.message().contains("too large"), "{refusal}");
+    assert_eq!(manager.asked.load(Ordering::SeqCst), 0);
+    report(&member, &manager.addr).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_root_that_is_not_the_token_s_gets_nothing() {
     let manager = manager().await;
     let token = JoinToken::generate(&RootDigest::of_der(b"another root"));
