@@ -7,7 +7,7 @@
 //! clock that is handed in; the loops here only carry messages and proposals.
 //! Sessions, tasks and tables are never touched from here.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -203,7 +203,7 @@ struct Shared {
 struct Reportable {
     /// With the revision that each has acknowledged.
     nodes: BTreeMap<NodeId, u64>,
-    left: Vec<NodeId>,
+    left: BTreeSet<NodeId>,
 }
 
 impl std::fmt::Debug for Liveness {
@@ -247,7 +247,7 @@ impl Liveness {
     pub(super) fn left(&self, node: &NodeId) {
         let mut heard = self.shared.heard.lock();
         heard.nodes.remove(node);
-        heard.left.push(node.clone());
+        heard.left.insert(node.clone());
         drop(heard);
         self.shared.urgent.notify_one();
     }
@@ -348,8 +348,7 @@ impl Liveness {
         let mut heard = self.shared.heard.lock();
         reported.left.retain(|node| !heard.nodes.contains_key(node));
         // Those that were heard must be heard again: a failed report may be old.
-        reported.left.append(&mut heard.left);
-        heard.left = reported.left;
+        heard.left.append(&mut reported.left);
     }
 
     /// The loop that judges while this manager leads.
