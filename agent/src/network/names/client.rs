@@ -328,7 +328,7 @@ impl Feeder {
                 None => tokio::select! {
                     () = self.cancel.cancelled() => return Fed::Closed,
                     // It speaks only when asked: what comes now is its end.
-                    _ = connection.stream.readable() => return Fed::Lost,
+                    () = ended(&connection.stream) => return Fed::Lost,
                     job = self.jobs.recv() => match job {
                         Some(job) => job,
                         None => return Fed::Closed,
@@ -498,6 +498,21 @@ enum Fed {
     Lost,
 }
 
+/// Returns when the other side has closed its end, or speaks unasked.
+async fn ended(stream: &UnixStream) {
+    loop {
+        // Readiness may be left over from an answer that was read to its last byte: only
+        // reading tells.
+        if stream.readable().await.is_err() {
+            return;
+        }
+        match stream.try_read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            _ => return,
+        }
+    }
+}
+
 async fn exchange(stream: &mut UnixStream, request: &Request) -> io::Result<Reply> {
     timeout(PATIENCE, async {
         wire::send(stream, request).await?;
@@ -515,5 +530,24 @@ fn end_process(pid: Option<i32>) {
             nix::unistd::Pid::from_raw(pid),
             nix::sys::signal::Signal::SIGKILL,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_that_was_read_to_its_last_byte_is_not_the_end() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&[0, 0, 0, 1, 1]).await.unwrap();
+        ours.read_exact(&mut [0; 4]).await.unwrap();
+        ours.read_exact(&mut [0; 1]).await.unwrap();
+        assert!(ended(&ours).now_or_never().is_none());
+        drop(theirs);
+        ended(&ours).await;
     }
 }
