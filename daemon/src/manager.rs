@@ -105,11 +105,7 @@ impl RunningManager {
         let joining = matches!(beginning, Beginning::Join(_));
         let raft = match beginning {
             Beginning::Bootstrap(transaction) => RaftNode::bootstrap(config, *transaction).await,
-            Beginning::Join(remotes) => {
-                // What an unfinished attempt has left was never acknowledged by anybody.
-                context.wipe_raft()?;
-                RaftNode::join(config, remotes).await
-            }
+            Beginning::Join(remotes) => RaftNode::join(config, remotes).await,
             Beginning::Resume => RaftNode::start(config).await,
         }
         .context("starting the raft member")?;

@@ -97,7 +97,7 @@ impl Node {
         };
         let identity = Identity::new(stored.material)?;
         let beginning = (identity.role() == NodeRole::Manager)
-            .then(|| Beginning::resume(&self.args.data_dir, settings.remotes.clone()));
+            .then(|| Beginning::resume(&self.args.data_dir.join("raft"), settings.remotes.clone()));
         *member = Some(
             self.start(identity, stored.data_key, settings, beginning)
                 .await?,

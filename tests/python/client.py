@@ -49,7 +49,8 @@ def main():
     types = importlib.import_module("swarm.v1.types_pb2")
     store = importlib.import_module("swarm.v1.store_pb2")
 
-    channel = grpc.insecure_channel(target)
+    # Without it grpcio sends the socket's path as the authority, which HTTP/2 servers refuse.
+    channel = grpc.insecure_channel(target, options=[("grpc.default_authority", "localhost")])
     control = control_grpc.ControlStub(channel)
 
     network = control.CreateNetwork(

@@ -157,7 +157,10 @@ fn a_flood_of_output_is_bounded_and_the_end_of_it_readable() -> Result<()> {
             .contains("the-end")
             .then_some(()))
     })?;
-    let used = cluster.host_sh("h1", "find /var/lib/swarm/runtime -name '*log*' -type f -exec du -k {} + | awk '{n += $1} END {print n}'")?;
+    let used = cluster.host_sh(
+        "h1",
+        "du -sk /var/lib/swarm/runtime/containers/*/log | awk '{n += $1} END {print n}'",
+    )?;
     ensure!(used.trim().parse::<u64>()? < 64 << 10, "{used} KiB of logs");
     Ok(())
 }
@@ -299,7 +302,7 @@ fn a_host_port_is_reachable_and_given_once_per_node() -> Result<()> {
     wait_until(PATIENCE, "the third task says why it waits", || {
         let text = cluster.swarm("h1", &["service", "ps", "--no-trunc", "web"])?;
         Ok(text
-            .contains("no suitable node (host-mode port already in use on 2 nodes)")
+            .contains("no suitable node (host port 8080 in use on 2 nodes)")
             .then_some(()))
     })
     .with_context(|| {
@@ -338,7 +341,7 @@ fn containers_go_on_when_every_process_of_the_node_is_killed_in_turn() -> Result
     cluster.host_sh("h2", "kill -9 $(pgrep -f 'swarmd names' | while read p; do [ \"$(readlink /proc/$p/ns/mnt)\" = \"$(readlink /proc/self/ns/mnt)\" ] && echo $p; done)")?;
     wait_until(PATIENCE, "names are answered again", || {
         Ok(cluster
-            .sh("h2", "client.1", "wget -qO- -T 2 http://web")
+            .sh("h2", "client.1", "timeout 2 wget -qO- http://web")
             .is_ok()
             .then_some(()))
     })?;

@@ -19,7 +19,7 @@ impl Fetcher {
         let script = format!(
             "rm -f /tmp/stop /tmp/good /tmp/bad; touch /tmp/good /tmp/bad; \
              while [ ! -e /tmp/stop ]; do \
-               if wget -qO- -T 5 {url} >/dev/null 2>>/tmp/why; then echo >>/tmp/good; else date >>/tmp/bad; fi; \
+               if timeout 5 wget -qO- {url} >/dev/null 2>>/tmp/why; then echo >>/tmp/good; else date >>/tmp/bad; fi; \
              done"
         );
         // Not through swarmd, which the test kills: straight into the container.

@@ -71,14 +71,14 @@ fn a_container_reaches_a_service_on_other_hosts_by_name() -> Result<()> {
         "{tasks}"
     );
     cluster
-        .sh("h3", "client.1", "nslookup registry.lab")
+        .sh("h3", "client.1", "nslookup -type=a registry.lab")
         .context("other names are forwarded")?;
 
     // The VIP spreads evenly and loses nothing.
     let counts = cluster.sh(
         "h3",
         "client.1",
-        "i=0; while [ $i -lt 1000 ]; do wget -qO- -T 5 http://web/host || echo failed; i=$((i+1)); done | sort | uniq -c",
+        "i=0; while [ $i -lt 1000 ]; do timeout 5 wget -qO- http://web/host || echo failed; i=$((i+1)); done | sort | uniq -c",
     )?;
     let counts: BTreeMap<&str, u32> = counts
         .lines()
@@ -96,7 +96,7 @@ fn a_container_reaches_a_service_on_other_hosts_by_name() -> Result<()> {
     cluster.sh(
         "h3",
         "client.1",
-        "wget -qO- -T 5 http://172.30.99.254:5000/v2/",
+        "timeout 5 wget -qO- http://172.30.99.254:5000/v2/",
     )?;
 
     // A container may listen on port 53 itself.
@@ -202,7 +202,11 @@ fn an_internal_network_has_no_way_out() -> Result<()> {
     cluster.sh("h1", "a.1", "ping -c 1 -W 2 tasks.b")?;
     ensure!(
         cluster
-            .sh("h1", "a.1", "wget -qO- -T 2 http://172.30.99.254:5000/v2/")
+            .sh(
+                "h1",
+                "a.1",
+                "timeout 2 wget -qO- http://172.30.99.254:5000/v2/"
+            )
             .is_err(),
         "a container of an internal network reached the outside"
     );
@@ -221,8 +225,6 @@ fn a_network_exists_only_where_a_task_is_on_it() -> Result<()> {
         &[
             "--network",
             "lazy",
-            "--placement-pref",
-            "spread=node.hostname",
             "--constraint",
             "node.hostname==h1",
             &nginx(),

@@ -206,6 +206,20 @@ struct Reportable {
     left: BTreeSet<NodeId>,
 }
 
+/// Why a report did not reach the leader.
+enum Unsent {
+    /// It will next time, perhaps.
+    Later(String),
+    /// The cluster says that this node is no manager.
+    Demoted(String),
+}
+
+impl Unsent {
+    fn later(reason: &str) -> Self {
+        Self::Later(reason.to_owned())
+    }
+}
+
 impl std::fmt::Debug for Liveness {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Liveness").finish_non_exhaustive()
@@ -310,9 +324,22 @@ impl Liveness {
                 () = cancel.cancelled() => return,
                 sent = sending => sent,
             };
-            if let Err(error) = sent {
-                tracing::debug!(%error, "the leader did not take the report of live nodes");
-                self.take_back(reported);
+            match sent {
+                Ok(()) => {}
+                Err(Unsent::Demoted(reason)) => {
+                    // Nobody tells a member that was taken out of the group. Its agents,
+                    // its own among them, would never hear of it, nor of anything else.
+                    tracing::info!(
+                        reason,
+                        "this node is no manager any more; its agents go elsewhere"
+                    );
+                    cancel.cancel();
+                    return;
+                }
+                Err(Unsent::Later(reason)) => {
+                    tracing::debug!(reason, "the leader did not take the report of live nodes");
+                    self.take_back(reported);
+                }
             }
         }
     }
@@ -323,24 +350,33 @@ impl Liveness {
         leadership: &watch::Receiver<Leadership>,
         client: &mut Option<(String, LivenessClient<Channel>)>,
         period: Duration,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unsent> {
         let now = leadership.borrow().clone();
         if now.is_leader {
             return match self.receive(report) {
                 true => Ok(()),
-                false => Err("this manager begins to lead".into()),
+                false => Err(Unsent::later("this manager begins to lead")),
             };
         }
-        let leader = now.leader.ok_or("there is no leader")?;
+        let leader = now
+            .leader
+            .ok_or_else(|| Unsent::later("there is no leader"))?;
         let mut connected = match client.take() {
             Some((addr, connected)) if addr == leader.addr => connected,
-            _ => LivenessClient::new((self.shared.connect)(&leader.addr)?),
+            _ => LivenessClient::new((self.shared.connect)(&leader.addr).map_err(Unsent::Later)?),
         };
         let call = tokio::time::timeout(period, connected.report(report));
-        let answer = call.await.map_err(|_| "no answer in time".to_owned())?;
-        answer.map_err(|status| status.to_string())?;
-        *client = Some((leader.addr, connected));
-        Ok(())
+        match call.await {
+            Ok(Ok(_)) => {
+                *client = Some((leader.addr, connected));
+                Ok(())
+            }
+            Ok(Err(status)) if status.code() == tonic::Code::PermissionDenied => {
+                Err(Unsent::Demoted(status.message().to_owned()))
+            }
+            Ok(Err(status)) => Err(Unsent::Later(status.to_string())),
+            Err(_) => Err(Unsent::later("no answer in time")),
+        }
     }
 
     /// What could not be reported is reported next time, unless it is outdated.
