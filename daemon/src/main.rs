@@ -37,6 +37,7 @@ const STOP_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 /// Services that every node has on its local socket.
 const OWN_SERVICES: &[&str] = &[
     "/swarm.v1.NodeLocal/",
+    "/grpc.health.v1.Health/",
     "/grpc.reflection.v1.ServerReflection/",
     "/grpc.reflection.v1alpha.ServerReflection/",
 ];
@@ -149,15 +150,23 @@ async fn serve(args: Args, file: File) -> Result<()> {
 }
 
 fn local_routes(node: Arc<Node>) -> Result<Routes> {
+    let local =
+        NodeLocalServer::new(LocalService::new(node)).max_decoding_message_size(MESSAGE_MAX);
+    with_reflection(Routes::new(local))
+}
+
+/// Adds what every listener has: reflection, so that clients need no .proto files, and health.
+fn with_reflection(routes: Routes) -> Result<Routes> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(swarm_proto::FILE_DESCRIPTOR_SET)
     };
-    Ok(Routes::new(
-        NodeLocalServer::new(LocalService::new(node)).max_decoding_message_size(MESSAGE_MAX),
-    )
-    .add_service(reflection().build_v1()?)
-    .add_service(reflection().build_v1alpha()?))
+    // A listener serves as long as it is there: the empty name is the server itself.
+    let (_, health) = tonic_health::server::health_reporter();
+    Ok(routes
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(health))
 }
 
 fn runtime_config(args: &Args, file: &File) -> RuntimeConfig {

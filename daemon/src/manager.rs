@@ -114,7 +114,7 @@ impl RunningManager {
             Arc::clone(&context.identity),
         ));
         let cancel = CancellationToken::new();
-        let routes = manager.routes().add_service(raft.service());
+        let routes = crate::with_reflection(manager.routes().add_service(raft.service()))?;
         let server = tokio::spawn({
             let check = ca::admission(Arc::clone(raft.store()));
             let routes = routes.clone();

@@ -23,6 +23,10 @@ pub enum Allowed {
     Node,
     /// Managers.
     Manager,
+    /// Members of the raft group: managers by their certificate. A replica that is catching
+    /// up sees a past in which its leader was no manager yet, so its state is not asked;
+    /// who is a member, raft itself knows.
+    Member,
     /// Managers, and root on this machine.
     ManagerOrLocal,
     /// Any node, and root on this machine.
@@ -37,11 +41,11 @@ pub const TABLE: &[(&str, Allowed)] = &[
     ("/swarm.v1.Ca/IssueCertificate", Allowed::Anyone),
     ("/swarm.v1.Dispatcher/Session", Allowed::Node),
     ("/swarm.v1.Liveness/Report", Allowed::Manager),
-    ("/swarm.v1.Raft/AppendEntries", Allowed::Manager),
-    ("/swarm.v1.Raft/Vote", Allowed::Manager),
-    ("/swarm.v1.Raft/PreVote", Allowed::Manager),
-    ("/swarm.v1.Raft/TransferLeader", Allowed::Manager),
-    ("/swarm.v1.Raft/InstallSnapshot", Allowed::Manager),
+    ("/swarm.v1.Raft/AppendEntries", Allowed::Member),
+    ("/swarm.v1.Raft/Vote", Allowed::Member),
+    ("/swarm.v1.Raft/PreVote", Allowed::Member),
+    ("/swarm.v1.Raft/TransferLeader", Allowed::Member),
+    ("/swarm.v1.Raft/InstallSnapshot", Allowed::Member),
     ("/swarm.v1.Raft/Join", Allowed::Manager),
     ("/swarm.v1.Raft/Leave", Allowed::Manager),
     ("/swarm.v1.Raft/Propose", Allowed::Manager),
@@ -113,12 +117,17 @@ impl From<Refusal> for Status {
     }
 }
 
+fn allowed(path: &str) -> Option<Allowed> {
+    let (_, allowed) = TABLE.iter().find(|(method, _)| *method == path)?;
+    Some(*allowed)
+}
+
 /// Whether `caller` may call the method at `path` ("/swarm.v1.Control/ListNodes").
 ///
 /// # Errors
 /// It may not; the sentence names the method and the role.
 pub fn authorize(path: &str, caller: &Caller) -> Result<(), Refusal> {
-    let Some((_, allowed)) = TABLE.iter().find(|(method, _)| *method == path) else {
+    let Some(allowed) = allowed(path) else {
         let text = format!("{path} is not a method that {caller} may call");
         return Err(match caller {
             Caller::Anonymous => Refusal::Unauthenticated(text),
@@ -134,11 +143,12 @@ pub fn authorize(path: &str, caller: &Caller) -> Result<(), Refusal> {
             )));
         }
         (Allowed::Node | Allowed::NodeOrLocal, Caller::Peer(_)) => true,
-        (Allowed::Manager | Allowed::ManagerOrLocal, Caller::Peer(peer)) => manager(peer),
-        (Allowed::ManagerOrLocal | Allowed::NodeOrLocal | Allowed::Local, Caller::Local) => true,
-        (Allowed::Local, Caller::Peer(_)) | (Allowed::Node | Allowed::Manager, Caller::Local) => {
-            false
+        (Allowed::Manager | Allowed::Member | Allowed::ManagerOrLocal, Caller::Peer(peer)) => {
+            manager(peer)
         }
+        (Allowed::ManagerOrLocal | Allowed::NodeOrLocal | Allowed::Local, Caller::Local) => true,
+        (Allowed::Local, Caller::Peer(_))
+        | (Allowed::Node | Allowed::Manager | Allowed::Member, Caller::Local) => false,
     };
     if ok {
         return Ok(());
@@ -146,7 +156,7 @@ pub fn authorize(path: &str, caller: &Caller) -> Result<(), Refusal> {
     let who = match allowed {
         Allowed::Anyone => "anyone",
         Allowed::Node => "nodes",
-        Allowed::Manager => "managers",
+        Allowed::Manager | Allowed::Member => "managers",
         Allowed::ManagerOrLocal => "managers and the local socket",
         Allowed::NodeOrLocal => "nodes and the local socket",
         Allowed::Local => "the local socket",
@@ -223,7 +233,7 @@ impl<S> Authorize<S> {
         if let (Caller::Peer(peer), Some(check)) = (&mut caller, &self.check) {
             let granted = check(peer)
                 .map_err(|reason| Refusal::Denied(format!("{path} is refused: {reason}")))?;
-            if granted == NodeRole::Worker {
+            if granted == NodeRole::Worker && allowed(path) != Some(Allowed::Member) {
                 peer.role = NodeRole::Worker;
             }
         }
@@ -365,5 +375,21 @@ mod tests {
             assert!(authorize(path, &Caller::Local).is_err());
             assert!(authorize(path, &Caller::Anonymous).is_err());
         }
+    }
+
+    #[test]
+    fn a_replica_that_lags_hears_its_leader_and_grants_nothing_else_to_a_demoted_manager() {
+        let layer = AuthorizeLayer::with_check(Arc::new(|_| Ok(NodeRole::Worker)));
+        let authorize = layer.layer(());
+        let info = ConnectionInfo {
+            caller: peer(NodeRole::Manager),
+            remote_addr: None,
+            _place: None,
+        };
+        let admits = |path| authorize.admit(path, Some(&info)).is_ok();
+        assert!(admits("/swarm.v1.Raft/AppendEntries"));
+        assert!(admits("/swarm.v1.Dispatcher/Session"));
+        assert!(!admits("/swarm.v1.Raft/Propose"));
+        assert!(!admits("/swarm.v1.Control/ListNodes"));
     }
 }

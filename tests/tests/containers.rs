@@ -338,7 +338,7 @@ fn containers_go_on_when_every_process_of_the_node_is_killed_in_turn() -> Result
         cluster.start("h2")?;
     }
     // The name server dies: it is started again.
-    cluster.host_sh("h2", "kill -9 $(pgrep -f 'swarmd names' | while read p; do [ \"$(readlink /proc/$p/ns/mnt)\" = \"$(readlink /proc/self/ns/mnt)\" ] && echo $p; done)")?;
+    cluster.host_sh("h2", "kill -9 $(pgrep -f '[s]warmd names' | while read p; do [ \"$(readlink /proc/$p/ns/mnt)\" = \"$(readlink /proc/self/ns/mnt)\" ] && echo $p; done)")?;
     wait_until(PATIENCE, "names are answered again", || {
         Ok(cluster
             .sh("h2", "client.1", "timeout 2 wget -qO- http://web")
@@ -353,7 +353,7 @@ fn containers_go_on_when_every_process_of_the_node_is_killed_in_turn() -> Result
     // A shim dies: its container cannot be followed any more, so it is replaced.
     cluster.host_sh(
         "h2",
-        &format!("kill -9 $(pgrep -f 'swarmd shim.*{}')", after.0[0].id),
+        &format!("kill -9 $(pgrep -f '[s]warmd shim.*{}')", after.0[0].id),
     )?;
     wait_until(PATIENCE, "the task is replaced", || {
         let tasks = cluster.tasks("h1", "web")?;

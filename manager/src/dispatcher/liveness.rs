@@ -33,6 +33,9 @@ use crate::leader::{ACTIONS_MAX, Fed, Feed, LeaderLoop, LoopContext};
 /// Makes a connection to the manager at host:port, without waiting for it.
 pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
 
+/// A leader that refuses this manager's reports for so long is right: one that was just elected
+/// may not have applied the promotion of this node yet.
+const DEMOTED_AFTER: Duration = Duration::from_secs(2);
 /// Nodes in one report; more than a cluster has.
 const REPORT_MAX: usize = 100_000;
 /// What a node is told in its status when nobody hears it.
@@ -301,6 +304,7 @@ impl Liveness {
     pub(super) async fn run_reporter(self, cancel: CancellationToken) {
         let mut leadership = self.shared.consensus.leadership();
         let mut client: Option<(String, LivenessClient<Channel>)> = None;
+        let mut refused_since = None;
         loop {
             let period = heartbeat_period(&self.shared.consensus.store().state());
             tokio::select! {
@@ -325,7 +329,13 @@ impl Liveness {
                 sent = sending => sent,
             };
             match sent {
-                Ok(()) => {}
+                Ok(()) => refused_since = None,
+                Err(Unsent::Demoted(reason))
+                    if refused_since.get_or_insert_with(Instant::now).elapsed() < DEMOTED_AFTER =>
+                {
+                    tracing::debug!(reason, "the leader refuses the report of live nodes");
+                    self.take_back(reported);
+                }
                 Err(Unsent::Demoted(reason)) => {
                     // Nobody tells a member that was taken out of the group. Its agents,
                     // its own among them, would never hear of it, nor of anything else.
