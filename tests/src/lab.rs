@@ -353,22 +353,21 @@ impl Lab {
             entry.swarmd = Some(pid);
         }
         self.save()?;
-        wait_until(
+        // A process that has ended will never answer: no need to go on waiting.
+        let answers = wait_until(
             Duration::from_secs(20),
             &format!("swarmd of {host} answers"),
             || {
-                ensure!(
-                    alive(pid),
-                    "swarmd of {host} has ended; its log ends with:\n{}",
-                    tail(&log_path, 20)
-                );
-                Ok(self
-                    .run(host, &["swarm", "info"])?
-                    .status
-                    .success()
-                    .then_some(()))
+                let answers = self.run(host, &["swarm", "info"])?.status.success();
+                Ok((answers || !alive(pid)).then_some(answers))
             },
-        )
+        )?;
+        ensure!(
+            answers,
+            "swarmd of {host} has ended; its log ends with:\n{}",
+            tail(&log_path, 20)
+        );
+        Ok(())
     }
 
     /// SIGSTOP to the host's swarmd.

@@ -353,7 +353,7 @@ fn containers_go_on_when_every_process_of_the_node_is_killed_in_turn() -> Result
     // A shim dies: its container cannot be followed any more, so it is replaced.
     cluster.host_sh(
         "h2",
-        &format!("kill -9 $(pgrep -f '[s]warmd shim.*{}')", after.0[0].id),
+        &format!("kill -9 $(pgrep -f '[s]him .*{}')", after.0[0].id),
     )?;
     wait_until(PATIENCE, "the task is replaced", || {
         let tasks = cluster.tasks("h1", "web")?;
