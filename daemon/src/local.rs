@@ -66,7 +66,7 @@ impl NodeLocal for LocalService {
     }
 
     async fn info(&self, _: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
-        Ok(Response::new(self.node.info().await))
+        Ok(Response::new(self.node.info()))
     }
 
     async fn list_local_networks(

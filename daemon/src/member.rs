@@ -26,6 +26,9 @@ use crate::switch::{PREPARING, WORKER};
 /// Between two attempts at starting the manager (the others may not be reachable yet).
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
+/// How long tasks may take to end when the node leaves, longer than any ordinary grace period.
+/// A container that cannot be killed must not keep the node in the swarm.
+const LEAVE_LIMIT: Duration = Duration::from_secs(120);
 
 /// What a member is started with.
 pub struct MemberConfig {
@@ -157,8 +160,12 @@ impl Member {
 
     /// Ends the tasks, tells the managers, and takes this manager out of the raft group, as far as the others let it.
     pub async fn leave(&mut self) {
-        if let Err(error) = self.agent.leave().await {
-            tracing::warn!(%error, "leaving");
+        match tokio::time::timeout(LEAVE_LIMIT, self.agent.leave()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "leaving"),
+            Err(_) => tracing::warn!(
+                "not every task has ended within {LEAVE_LIMIT:?}; what is left is removed at the next start"
+            ),
         }
         if let Some(manager) = self.manager.lock().await.as_ref() {
             manager.leave().await;

@@ -314,14 +314,19 @@ impl Node {
     }
 
     /// What `swarm info` shows.
-    pub async fn info(&self) -> InfoResponse {
+    pub fn info(&self) -> InfoResponse {
         let mut info = InfoResponse {
             state: LocalState::Inactive.into(),
             hostname: self.hostname.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         };
-        let Some(member) = &*self.member.read().await else {
+        // Whoever joins or leaves holds the lock until it is done: that is what is to be said then.
+        let Ok(member) = self.member.try_read() else {
+            info.set_state(LocalState::Pending);
+            return info;
+        };
+        let Some(member) = &*member else {
             return info;
         };
         info.set_state(LocalState::Active);

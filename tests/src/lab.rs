@@ -358,7 +358,10 @@ impl Lab {
             Duration::from_secs(20),
             &format!("swarmd of {host} answers"),
             || {
-                let answers = self.run(host, &["swarm", "info"])?.status.success();
+                let info = self.run(host, &["swarm", "info"])?;
+                // Pending: still going on where the process before it ended.
+                let pending = String::from_utf8_lossy(&info.stdout).contains("Swarm: pending");
+                let answers = info.status.success() && !pending;
                 Ok((answers || !alive(pid)).then_some(answers))
             },
         )?;
