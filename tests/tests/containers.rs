@@ -350,11 +350,15 @@ fn containers_go_on_when_every_process_of_the_node_is_killed_in_turn() -> Result
         cluster.wait_running("h1", "client", 1)?,
     );
     ensure!(before == after, "{before:?} {after:?}");
-    // A shim dies: its container cannot be followed any more, so it is replaced.
+    // A shim dies: its container goes on, and is followed by its process alone.
     cluster.host_sh(
         "h2",
-        &format!("kill -9 $(pgrep -f '[s]him .*{}')", after.0[0].id),
+        &format!("kill -9 $(pgrep -f '[s]him.*{}')", after.0[0].id),
     )?;
+    cluster.sh("h2", "client.1", "wget -qO- http://web")?;
+    ensure!(cluster.wait_running("h1", "web", 1)? == after.0);
+    // Only with its process the task ends, and is replaced.
+    cluster.host_sh("h2", "kill -9 $(pgrep -f '[n]ginx: master')")?;
     wait_until(PATIENCE, "the task is replaced", || {
         let tasks = cluster.tasks("h1", "web")?;
         Ok(

@@ -428,7 +428,7 @@ fn memory(cluster: &Cluster, what: &str, host: &str, figures: &mut Figures) -> R
 
 /// Proportional memory of the shims of one host, per container.
 fn container_memory(cluster: &Cluster, figures: &mut Figures) -> Result<()> {
-    let pids = cluster.host_sh("h1", "pgrep -f ' [s]him /' || true")?;
+    let pids = cluster.host_sh("h1", "pgrep -f '[s]him-sealed' || true")?;
     let own: Vec<i32> = pids.lines().filter_map(|line| line.parse().ok()).collect();
     let mut kib = 0.0;
     for pid in &own {
