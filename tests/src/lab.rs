@@ -516,6 +516,8 @@ impl Lab {
             ("run", "/run/swarm"),
             ("lib", "/var/lib/swarm"),
             ("etc", "/etc/swarm"),
+            // For `ip netns` on a host: it names namespaces by files there.
+            ("netns", "/run/netns"),
         ] {
             fs::create_dir_all(dir.join(own))?;
             // Mount points; empty directories of the machine itself.
