@@ -115,6 +115,7 @@ async fn serve(args: Args, file: File) -> Result<()> {
     );
 
     let stop = CancellationToken::new();
+    let held = node.hold().await;
     let server = tokio::spawn({
         let services = Switch::new(local_routes(Arc::clone(&node))?, OWN_SERVICES, slot);
         let stop = stop.clone();
@@ -127,7 +128,7 @@ async fn serve(args: Args, file: File) -> Result<()> {
     });
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    node.resume().await?;
+    node.resume(held).await?;
 
     let ended = tokio::select! {
         _ = terminate.recv() => Ok(()),

@@ -25,7 +25,7 @@ use swarm_proto::v1::{
     LeaveClusterResponse, LocalNetwork, LocalState, NodeAvailability, NodeRole, Platform,
     RegistryAuth,
 };
-use tokio::sync::{RwLock, mpsc};
+use tokio::sync::{OwnedRwLockWriteGuard, RwLock, mpsc};
 use tonic::Status;
 
 use crate::address;
@@ -44,6 +44,9 @@ const OUTSIDE: &str = "This node is not part of a swarm";
 const LEAVING_LAST: &str = "You are attempting to leave the swarm on a node that is participating as a manager. Removing the last manager erases all current state of the swarm. Use `--force` to ignore this message.";
 const LEAVING_MANAGER: &str = "You are attempting to leave the swarm on a node that is participating as a manager. Demote it first with \"swarm node demote\" on another manager. Use `--force` to leave all the same.";
 
+/// The node's state, held by whoever changes it.
+pub struct Held(OwnedRwLockWriteGuard<Option<Member>>);
+
 /// What this process is.
 pub struct Node {
     args: Args,
@@ -54,7 +57,7 @@ pub struct Node {
     dataplane: Arc<KernelDataplane>,
     /// Why the process must end: said to `main`.
     fatal: mpsc::Sender<String>,
-    member: RwLock<Option<Member>>,
+    member: Arc<RwLock<Option<Member>>>,
 }
 
 impl Node {
@@ -78,16 +81,21 @@ impl Node {
             runtime,
             dataplane,
             fatal,
-            member: RwLock::new(None),
+            member: Arc::default(),
         })
+    }
+
+    /// Keeps everybody from being told that the node is in no swarm, before [`Node::resume`] knows.
+    pub async fn hold(&self) -> Held {
+        Held(Arc::clone(&self.member).write_owned().await)
     }
 
     /// Goes on where an earlier process has stopped.
     ///
     /// # Errors
     /// What is on disk cannot be used; the error names the file.
-    pub async fn resume(&self) -> anyhow::Result<()> {
-        let mut member = self.member.write().await;
+    pub async fn resume(&self, held: Held) -> anyhow::Result<()> {
+        let Held(mut member) = held;
         let stored = self.key_store().load()?;
         let settings = Settings::load(&self.args.data_dir)?;
         let (Some(stored), Some(settings)) = (stored, settings) else {
