@@ -37,7 +37,7 @@ pub struct File {
     pub cgroup_parent: Option<String>,
     /// Size at which a container's log file is rotated, in bytes; default 10 MiB.
     pub log_max_size: Option<u64>,
-    /// Log files kept per container; default 3.
+    /// Log files kept per container; default 5.
     pub log_max_files: Option<u32>,
     /// Labels of this node, for constraints `engine.labels.x`.
     pub engine_labels: std::collections::HashMap<String, String>,
