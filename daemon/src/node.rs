@@ -15,7 +15,7 @@ use swarm_agent::runtime::{
     ExecConfig, ExecSession, LogOptions, LogStream, OciRuntime, RuntimeError,
 };
 use swarm_identity::{
-    DataKey, Identity, JoinToken, KeyStore, Stored, fetch_root, request_certificate,
+    DataKey, Identity, JoinToken, KeyStore, Stored, Tcp, fetch_root, request_certificate,
 };
 use swarm_manager::ca::initial_transaction;
 use swarm_manager::clock::system_clock;
@@ -211,11 +211,12 @@ impl Node {
         token: &JoinToken,
         availability: NodeAvailability,
     ) -> Result<swarm_identity::KeyMaterial, Status> {
+        let net = Tcp::shared();
         let mut last = None;
         for remote in remotes {
             let got = async {
-                let root = fetch_root(remote, token).await?;
-                request_certificate(remote, &root, token, availability, &self.hostname).await
+                let root = fetch_root(&net, remote, token).await?;
+                request_certificate(&net, remote, &root, token, availability, &self.hostname).await
             };
             match got.await {
                 Ok(material) => return Ok(material),

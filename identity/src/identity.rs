@@ -17,7 +17,6 @@ use rustls_pki_types::ServerName;
 use swarm_proto::defaults::ROLE_MANAGER;
 use swarm_proto::v1::NodeRole;
 use swarm_proto::{ClusterId, NodeId};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
@@ -26,8 +25,9 @@ use zeroize::Zeroizing;
 use crate::PeerIdentity;
 use crate::ca::RootDigest;
 use crate::cert::{self, CertError, Leaf, Renewal, Validity};
+use crate::net::{Net, Tcp};
 
-/// TCP and TLS together.
+/// Connection and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A silent connection is probed this often, and given up after the timeout:
 /// a dead manager is left well within the time in which a node would be Down.
@@ -107,18 +107,33 @@ impl Live {
 pub struct Identity {
     live: ArcSwap<Live>,
     generation: watch::Sender<u64>,
+    net: Arc<dyn Net>,
 }
 
 impl Identity {
-    /// An identity from what the key store holds or the CA has issued.
+    /// An identity from what the key store holds or the CA has issued, on the machine's network.
     ///
     /// # Errors
     /// The parts are unreadable or do not fit together.
     pub fn new(material: KeyMaterial) -> Result<Arc<Self>, IdentityError> {
+        Self::on(material, Tcp::shared())
+    }
+
+    /// The same, on this network.
+    ///
+    /// # Errors
+    /// Those of [`Identity::new`].
+    pub fn on(material: KeyMaterial, net: Arc<dyn Net>) -> Result<Arc<Self>, IdentityError> {
         Ok(Arc::new(Self {
             live: ArcSwap::from_pointee(Live::new(material)?),
             generation: watch::Sender::new(0),
+            net,
         }))
+    }
+
+    /// What its connections are made on.
+    pub(crate) fn net(&self) -> &Arc<dyn Net> {
+        &self.net
     }
 
     /// Who this node is.
@@ -221,7 +236,8 @@ impl Identity {
     /// `addr` is not host:port.
     pub fn channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
         let identity = Arc::clone(self);
-        connect_lazy(addr, move || Arc::clone(&identity.live.load().client))
+        let net = Arc::clone(&self.net);
+        connect_lazy(net, addr, move || Arc::clone(&identity.live.load().client))
     }
 
     /// TLS for the next connection that is accepted.
@@ -246,6 +262,7 @@ pub struct AddrError {
 
 /// A channel over TLS whose configuration is asked for at each connection.
 pub(crate) fn connect_lazy(
+    net: Arc<dyn Net>,
     addr: &str,
     config: impl Fn() -> Arc<ClientConfig> + Clone + Send + Sync + 'static,
 ) -> Result<Channel, AddrError> {
@@ -267,13 +284,12 @@ pub(crate) fn connect_lazy(
         .connect_timeout(CONNECT_TIMEOUT);
     let target: Arc<str> = addr.into();
     let connector = tower::service_fn(move |_: http::Uri| {
-        let (target, config) = (Arc::clone(&target), config());
+        let (net, target, config) = (Arc::clone(&net), Arc::clone(&target), config());
         async move {
             let connect = async {
-                let tcp = TcpStream::connect(&*target).await?;
-                tcp.set_nodelay(true)?;
+                let stream = net.connect(&target).await?;
                 let name = ServerName::try_from(ROLE_MANAGER).expect("a constant DNS name");
-                TlsConnector::from(config).connect(name, tcp).await
+                TlsConnector::from(config).connect(name, stream).await
             };
             let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
                 .await

@@ -21,6 +21,7 @@ use crate::identity::{
     AddrError, Identity, IdentityError, KeyMaterial, check, client_builder, connect_lazy,
     finish_client, provider, root_store,
 };
+use crate::net::Net;
 use crate::token::JoinToken;
 
 /// For one call, with the connection.
@@ -96,12 +97,16 @@ impl JoinError {
 ///
 /// # Errors
 /// The manager cannot be reached, or its root is not the token's.
-pub async fn fetch_root(addr: &str, token: &JoinToken) -> Result<String, JoinError> {
+pub async fn fetch_root(
+    net: &Arc<dyn Net>,
+    addr: &str,
+    token: &JoinToken,
+) -> Result<String, JoinError> {
     let config = client_builder()?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(NotYetVerified(provider())))
         .with_no_client_auth();
-    let mut client = ca_client(addr, config)?;
+    let mut client = ca_client(net, addr, config)?;
     let answer = call(addr, client.get_root_ca(GetRootCaRequest {})).await?;
     let unusable = |error: CertError| JoinError::Answer {
         addr: addr.to_owned(),
@@ -126,6 +131,7 @@ pub async fn fetch_root(addr: &str, token: &JoinToken) -> Result<String, JoinErr
 /// # Errors
 /// The manager cannot be reached, is not of this root, or refuses the token.
 pub async fn request_certificate(
+    net: &Arc<dyn Net>,
     addr: &str,
     root_pem: &str,
     token: &JoinToken,
@@ -135,7 +141,7 @@ pub async fn request_certificate(
     let config = client_builder()?
         .with_root_certificates(root_store(root_pem)?)
         .with_no_client_auth();
-    let mut client = ca_client(addr, config)?;
+    let mut client = ca_client(net, addr, config)?;
     let key = NewKey::generate()?;
     let request = IssueCertificateRequest {
         csr_pem: key.csr_pem.clone().into(),
@@ -167,9 +173,13 @@ pub async fn renew_certificate(
     accept(addr, answer, key, &identity.root_pem())
 }
 
-fn ca_client(addr: &str, config: ClientConfig) -> Result<CaClient<Channel>, JoinError> {
+fn ca_client(
+    net: &Arc<dyn Net>,
+    addr: &str,
+    config: ClientConfig,
+) -> Result<CaClient<Channel>, JoinError> {
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(addr, move || Arc::clone(&config))?;
+    let channel = connect_lazy(Arc::clone(net), addr, move || Arc::clone(&config))?;
     Ok(CaClient::new(channel).max_decoding_message_size(ANSWER_MAX))
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use futures::stream::{self, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -26,6 +26,7 @@ use tonic::transport::server::Connected;
 use crate::caller::{Caller, ConnectionInfo};
 use crate::cert::Leaf;
 use crate::identity::Identity;
+use crate::net::{Acceptor, BoxStream};
 
 /// Wait after a failed accept (out of file descriptors): it would fail again at once.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
@@ -33,9 +34,9 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// Bounds of a TLS listener.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// From the TCP connection to the end of the TLS handshake.
+    /// From the connection to the end of the TLS handshake.
     pub handshake_timeout: Duration,
-    /// Handshakes at once; more wait in the kernel's backlog.
+    /// Handshakes at once; more wait in the network's backlog.
     pub handshakes: usize,
     /// Connections at once without a client certificate; more are refused.
     pub anonymous: usize,
@@ -67,22 +68,22 @@ pub fn grpc_server() -> Server {
 /// Accepts mutual TLS.
 #[derive(Debug)]
 pub struct Listener {
-    tcp: TcpListener,
+    acceptor: Box<dyn Acceptor>,
     identity: Arc<Identity>,
     limits: Limits,
 }
 
 impl Listener {
-    /// Listens on `addr`.
+    /// Listens on `addr` of the identity's network.
     ///
     /// # Errors
     /// The address cannot be bound.
     pub async fn bind(addr: &str, identity: Arc<Identity>) -> io::Result<Self> {
-        let tcp = TcpListener::bind(addr).await.map_err(|error| {
+        let acceptor = identity.net().listen(addr).await.map_err(|error| {
             io::Error::new(error.kind(), format!("cannot listen on {addr}: {error}"))
         })?;
         Ok(Self {
-            tcp,
+            acceptor,
             identity,
             limits: Limits::default(),
         })
@@ -95,12 +96,12 @@ impl Listener {
         self
     }
 
-    /// The address it listens on (with the port that the kernel chose for port 0).
+    /// The address it listens on (with the port that was chosen for port 0).
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// The network does not say.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+        self.acceptor.local_addr()
     }
 
     /// Connections whose handshake is done. Never ends by itself; refused
@@ -133,11 +134,11 @@ impl Accepting {
                     Ok(None) => {}
                     Err(error) => tracing::error!(%error, "a TLS handshake ended abnormally"),
                 },
-                accepted = self.listener.tcp.accept(),
+                accepted = self.listener.acceptor.accept(),
                     if self.handshakes.len() < self.listener.limits.handshakes =>
                 {
                     match accepted {
-                        Ok((tcp, peer)) => self.start(tcp, peer),
+                        Ok((stream, peer)) => self.start(stream, peer),
                         Err(error) => {
                             tracing::warn!(%error, "cannot accept a connection");
                             tokio::time::sleep(ACCEPT_BACKOFF).await;
@@ -148,14 +149,14 @@ impl Accepting {
         }
     }
 
-    fn start(&mut self, tcp: TcpStream, peer: SocketAddr) {
+    fn start(&mut self, stream: BoxStream, peer: SocketAddr) {
         // Asked for each connection: certificate and roots may have been replaced.
         let acceptor = TlsAcceptor::from(self.listener.identity.server_config());
         let identity = Arc::clone(&self.listener.identity);
         let anonymous = Arc::clone(&self.anonymous);
         let timeout = self.listener.limits.handshake_timeout;
         self.handshakes.spawn(async move {
-            let handshake = handshake(tcp, peer, acceptor, &identity, anonymous);
+            let handshake = handshake(stream, peer, acceptor, &identity, anonymous);
             let refusal = match tokio::time::timeout(timeout, handshake).await {
                 Ok(Ok(connection)) => return Some(connection),
                 Ok(Err(refusal)) => refusal,
@@ -168,15 +169,14 @@ impl Accepting {
 }
 
 async fn handshake(
-    tcp: TcpStream,
+    stream: BoxStream,
     peer: SocketAddr,
     acceptor: TlsAcceptor,
     identity: &Identity,
     anonymous: Arc<Semaphore>,
 ) -> Result<Connection, String> {
-    tcp.set_nodelay(true).map_err(|error| error.to_string())?;
     let stream = acceptor
-        .accept(tcp)
+        .accept(stream)
         .await
         .map_err(|error| error.to_string())?;
     let certificate = stream
@@ -303,7 +303,7 @@ pub struct Connection {
 
 #[derive(Debug)]
 enum Either {
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<BoxStream>>),
     Unix(UnixStream),
 }
 

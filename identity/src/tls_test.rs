@@ -158,7 +158,7 @@ async fn without_a_certificate_only_the_ca_answers() {
         .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
         .with_no_client_auth();
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(&manager.addr, move || Arc::clone(&config)).unwrap();
+    let channel = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
     CaClient::new(channel.clone())
         .get_root_ca(GetRootCaRequest {})
         .await
@@ -183,11 +183,13 @@ async fn too_many_connections_without_a_certificate_are_refused() {
         .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
         .with_no_client_auth();
     let config = Arc::new(finish_client(config));
-    let held = connect_lazy(&manager.addr, move || Arc::clone(&config)).unwrap();
+    let held = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
     let mut held = CaClient::new(held);
     held.get_root_ca(GetRootCaRequest {}).await.unwrap();
 
-    fetch_root(&manager.addr, &token).await.unwrap_err();
+    fetch_root(&Tcp::shared(), &manager.addr, &token)
+        .await
+        .unwrap_err();
     let member = identity(&manager.root, "n2", NodeRole::Manager);
     report(&member, &manager.addr).await.unwrap();
     held.get_root_ca(GetRootCaRequest {}).await.unwrap();
@@ -211,7 +213,7 @@ async fn a_certificate_of_another_ca_is_refused_both_ways() {
         )
         .unwrap();
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(&manager.addr, move || Arc::clone(&config)).unwrap();
+    let channel = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
     let refused = CaClient::new(channel)
         .get_root_ca(GetRootCaRequest {})
         .await;
@@ -293,9 +295,12 @@ async fn a_demoted_manager_has_a_worker_s_rights_at_once() {
 async fn a_node_joins_with_the_root_checked_first() {
     let manager = manager().await;
     let token = JoinToken::generate(&manager.root.digest());
-    let root = fetch_root(&manager.addr, &token).await.unwrap();
+    let root = fetch_root(&Tcp::shared(), &manager.addr, &token)
+        .await
+        .unwrap();
     assert_eq!(manager.asked.load(Ordering::SeqCst), 0);
     let material = request_certificate(
+        &Tcp::shared(),
         &manager.addr,
         &root,
         &token,
@@ -329,7 +334,9 @@ async fn an_oversized_message_is_refused_before_it_is_read() {
 async fn a_root_that_is_not_the_token_s_gets_nothing() {
     let manager = manager().await;
     let token = JoinToken::generate(&RootDigest::of_der(b"another root"));
-    let error = fetch_root(&manager.addr, &token).await.unwrap_err();
+    let error = fetch_root(&Tcp::shared(), &manager.addr, &token)
+        .await
+        .unwrap_err();
     assert!(!error.retryable());
     assert!(
         error
@@ -340,6 +347,7 @@ async fn a_root_that_is_not_the_token_s_gets_nothing() {
     // And a manager of another root is not asked for a certificate.
     let other = RootCa::create(SystemTime::now()).unwrap();
     request_certificate(
+        &Tcp::shared(),
         &manager.addr,
         other.cert_pem(),
         &token,
@@ -485,4 +493,70 @@ fn an_address_without_a_port_is_refused() {
     ] {
         assert!(node.channel(wrong).is_err(), "{wrong}");
     }
+}
+
+/// A network of one address: whoever connects is given one end of a pipe.
+#[derive(Debug)]
+struct Pipes {
+    connect: tokio::sync::mpsc::Sender<tokio::io::DuplexStream>,
+    accept: tokio::sync::Mutex<tokio::sync::mpsc::Receiver<tokio::io::DuplexStream>>,
+}
+
+#[derive(Debug)]
+struct End(Arc<Pipes>);
+
+#[tonic::async_trait]
+impl net::Net for End {
+    async fn connect(&self, target: &str) -> std::io::Result<net::BoxStream> {
+        assert_eq!(target, "manager:2377");
+        let (here, there) = tokio::io::duplex(4096);
+        let nobody = |_| std::io::Error::from(ErrorKind::ConnectionRefused);
+        self.0.connect.send(there).await.map_err(nobody)?;
+        Ok(Box::new(here))
+    }
+
+    async fn listen(&self, _: &str) -> std::io::Result<Box<dyn net::Acceptor>> {
+        Ok(Box::new(Self(Arc::clone(&self.0))))
+    }
+}
+
+#[tonic::async_trait]
+impl net::Acceptor for End {
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        Ok(([192, 0, 2, 1], 2377).into())
+    }
+
+    async fn accept(&self) -> std::io::Result<(net::BoxStream, SocketAddr)> {
+        match self.0.accept.lock().await.recv().await {
+            Some(stream) => Ok((Box::new(stream), ([192, 0, 2, 2], 1).into())),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn mutual_tls_is_the_same_on_another_network() {
+    let (connect, accept) = tokio::sync::mpsc::channel(1);
+    let net: Arc<dyn Net> = Arc::new(End(Arc::new(Pipes {
+        connect,
+        accept: accept.into(),
+    })));
+    let root = RootCa::create(SystemTime::now()).unwrap();
+    let on = |node: &str, root: &RootCa| {
+        Identity::on(
+            testing::material(root, node, NodeRole::Manager),
+            Arc::clone(&net),
+        )
+        .unwrap()
+    };
+    let listener = Listener::bind("any", on("n1", &root)).await.unwrap();
+    assert_eq!(listener.local_addr().unwrap().port(), 2377);
+    let serve = grpc_server()
+        .layer(AuthorizeLayer::new())
+        .add_service(LivenessServer::new(TestLiveness))
+        .serve_with_incoming(listener.incoming());
+    let _server = AbortOnDropHandle::new(tokio::spawn(serve));
+    report(&on("n2", &root), "manager:2377").await.unwrap();
+    let stranger = on("n2", &RootCa::create(SystemTime::now()).unwrap());
+    report(&stranger, "manager:2377").await.unwrap_err();
 }
