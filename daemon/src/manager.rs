@@ -67,7 +67,7 @@ impl Beginning {
     /// short, or the node was just promoted) it joins.
     #[must_use]
     pub fn resume(raft_dir: &Path, remotes: Vec<String>) -> Self {
-        if RaftNode::exists(raft_dir) {
+        if RaftNode::exists(&swarm_disk::SystemDisk, raft_dir) {
             Self::Resume
         } else {
             Self::Join(remotes)

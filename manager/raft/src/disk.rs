@@ -1,24 +1,20 @@
-//! The raft log in sled, and the only file that knows it is sled.
+//! The raft log in a database: how entries, vote and mark are laid out in it.
 //!
 //! One record per append, cut at 6 KiB, under the first entry's index; a larger
 //! entry spans several keys. Larger values would make sled's leaf pages outgrow
 //! a segment quarter, and such pages move to `blobs/`, which sled never syncs.
-//! sled's `flush` does not sync on Linux either: [`Disk::sync`] adds an
-//! fdatasync of sled's file through a handle of our own. Everything here blocks;
-//! writes come from the one writer thread.
+//! Everything here waits for the disk; writes come from the one writer.
 //!
 //! A small file beside the database, the mark, remembers how far the log was
 //! durable: sled takes a damaged tail for a torn one and forgets it silently.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::RangeInclusive;
-use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ops::{Bound, RangeInclusive};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use openraft::entry::RaftEntry as _;
+use swarm_disk::{Database, DatabaseError, File, Pairs, Tree};
 
 use crate::error::DiskError;
 use crate::seal::{OVERHEAD, Sealer};
@@ -30,8 +26,6 @@ const RECORD_MAX: usize = 6 * 1024;
 const PAYLOAD_MAX: usize = RECORD_MAX - OVERHEAD - 2;
 /// sled's page cache; its default is a gibibyte.
 const CACHE_BYTES: u64 = 64 << 20;
-/// How long a lock left by a predecessor that is still being dropped is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What was found on disk.
 #[derive(Debug, Default)]
@@ -44,12 +38,11 @@ pub(crate) struct Recovered {
 
 /// The database, open.
 pub(crate) struct Disk {
-    log: sled::Tree,
-    meta: sled::Tree,
-    db: sled::Db,
-    /// sled's own file, to sync it.
-    file: File,
-    mark: File,
+    host: Arc<dyn swarm_disk::Disk>,
+    log: Box<dyn Tree>,
+    meta: Box<dyn Tree>,
+    db: Arc<dyn Database>,
+    mark: Box<dyn File>,
     mark_path: PathBuf,
     path: PathBuf,
     sealer: Sealer,
@@ -79,13 +72,6 @@ fn place(tree: &str, key: &[u8]) -> Vec<u8> {
     [tree.as_bytes(), b"/", key].concat()
 }
 
-fn sled_io(error: sled::Error) -> io::Error {
-    match error {
-        sled::Error::Io(error) => error,
-        other => io::Error::other(other),
-    }
-}
-
 /// One record of the log tree.
 enum Record {
     /// Whole entries from this index on.
@@ -96,43 +82,44 @@ enum Record {
 
 impl Disk {
     /// Opens or creates the log in `dir` and checks every record in it.
-    pub(crate) fn open(dir: &Path, sealer: Sealer) -> Result<(Self, Recovered), DiskError> {
-        let path = dir.join("log");
-        std::fs::create_dir_all(dir).map_err(|e| DiskError::io("create", dir, e))?;
-        let db = open_sled(&path)?;
-        let tree = |name: &str| {
-            db.open_tree(name)
-                .map_err(|e| DiskError::io("open a tree", &path, sled_io(e)))
+    pub(crate) async fn open(
+        host: Arc<dyn swarm_disk::Disk>,
+        dir: &Path,
+        sealer: Sealer,
+    ) -> Result<(Self, Recovered), DiskError> {
+        let log_dir = dir.join("log");
+        host.create_dir(dir)
+            .map_err(|e| DiskError::io("create", dir, e))?;
+        let db_file = log_dir.join("db");
+        let failed = |what| {
+            let path = db_file.clone();
+            move |error| database_failed(what, &path, error)
         };
+        let db = host
+            .database(&log_dir, CACHE_BYTES)
+            .await
+            .map_err(failed("open"))?;
+        let tree = |name: &str| db.tree(Some(name)).map_err(failed("open a tree"));
         let (log, meta) = (tree("raft_log")?, tree("raft_meta")?);
-        let db_file = path.join("db");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&db_file)
-            .map_err(|e| DiskError::io("open", &db_file, e))?;
         let mark_path = dir.join("log.mark");
-        let mark = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
+        let mark = host
             .open(&mark_path)
             .map_err(|e| DiskError::io("open", &mark_path, e))?;
         let disk = Self {
             log,
             meta,
+            path: db.path().to_owned(),
             db,
-            file,
             mark,
             mark_path,
-            path: db_file,
             sealer,
+            host,
         };
-        // The names of files that were just created.
-        for directory in [&path, &dir.to_path_buf()] {
-            sync_dir(directory)?;
-        }
+        // The mark's name, if it was just created.
+        disk.host
+            .sync_dir(dir)
+            .await
+            .map_err(|e| DiskError::io("fsync", dir, e))?;
         let recovered = disk.recover()?;
         Ok((disk, recovered))
     }
@@ -152,7 +139,7 @@ impl Disk {
         let (durable_next, durable_term) = self.read_mark()?;
         found.last = found.purged;
         let mut next = found.purged.map_or(0, |id| id.index + 1);
-        let mut records = self.log.iter();
+        let mut records = self.log.range(Bound::Unbounded, Bound::Unbounded);
         while let Some(item) = records.next() {
             let (raw_key, value) = item.map_err(|e| self.read_failed(e))?;
             let (first, part) = parse_key(&raw_key)
@@ -240,7 +227,7 @@ impl Disk {
 
     fn put_record(&self, first: u64, payload: &[u8]) -> Result<(), DiskError> {
         let key = key(first, 0);
-        self.put(&self.log, &key, self.seal_part(&key, 1, payload))
+        self.put(&*self.log, &key, self.seal_part(&key, 1, payload))
     }
 
     fn put_parts(&self, index: u64, bytes: &[u8]) -> Result<(), DiskError> {
@@ -248,14 +235,13 @@ impl Disk {
         let parts = u16::try_from(pieces.len()).map_err(|_| {
             DiskError::io("split an entry", &self.path, io::ErrorKind::FileTooLarge)
         })?;
-        let mut batch = sled::Batch::default();
-        for (part, piece) in (0..parts).zip(pieces) {
+        let changes = (0..parts).zip(pieces).map(|(part, piece)| {
             let key = key(index, part);
-            batch.insert(&key, self.seal_part(&key, parts, piece));
-        }
+            (key.to_vec(), Some(self.seal_part(&key, parts, piece)))
+        });
         self.log
-            .apply_batch(batch)
-            .map_err(|e| DiskError::io("write", &self.path, sled_io(e)))
+            .apply(changes.collect())
+            .map_err(|e| self.failed("write", e))
     }
 
     fn seal_part(&self, key: &[u8], parts: u16, payload: &[u8]) -> Vec<u8> {
@@ -263,10 +249,16 @@ impl Disk {
         self.sealer.seal(&place("raft_log", key), &plain)
     }
 
-    fn put(&self, tree: &sled::Tree, key: &[u8], value: Vec<u8>) -> Result<(), DiskError> {
-        tree.insert(key, value)
-            .map(|_| ())
-            .map_err(|e| DiskError::io("write", &self.path, sled_io(e)))
+    fn put(&self, tree: &dyn Tree, key: &[u8], value: Vec<u8>) -> Result<(), DiskError> {
+        tree.put(key, value).map_err(|e| self.failed("write", e))
+    }
+
+    fn removed(&self, tree: &dyn Tree, key: &[u8]) -> Result<(), DiskError> {
+        tree.remove(key).map_err(|e| self.failed("delete", e))
+    }
+
+    fn records(&self, from: Bound<&[u8]>, to: Bound<&[u8]>) -> Pairs {
+        self.log.range(from, to)
     }
 
     fn open_part(&self, index: u64, part: u16, value: &[u8]) -> Result<(u16, Vec<u8>), DiskError> {
@@ -321,7 +313,7 @@ impl Disk {
         index: u64,
         parts: u16,
         head: Vec<u8>,
-        records: &mut sled::Iter,
+        records: &mut Pairs,
     ) -> Result<Option<Entry>, DiskError> {
         let mut bytes = head;
         for part in 1..parts {
@@ -346,7 +338,10 @@ impl Disk {
     ) -> Result<Vec<Entry>, DiskError> {
         let (from, to) = (*wanted.start(), *wanted.end());
         // The record that holds `from` begins at or before it.
-        let start = match self.log.range(..=key(from, 0)).next_back() {
+        let start = match self
+            .records(Bound::Unbounded, Bound::Included(&key(from, 0)))
+            .next_back()
+        {
             None => from,
             Some(item) => {
                 let (raw_key, _) = item.map_err(|e| self.read_failed(e))?;
@@ -357,7 +352,10 @@ impl Disk {
                 }
             }
         };
-        let mut records = self.log.range(key(start, 0)..=key(to, u16::MAX));
+        let mut records = self.records(
+            Bound::Included(&key(start, 0)),
+            Bound::Included(&key(to, u16::MAX)),
+        );
         let mut entries = Vec::new();
         let mut bytes = 0;
         while let Some(item) = records.next() {
@@ -385,19 +383,23 @@ impl Disk {
     }
 
     /// Removes everything after `keep` (everything for `None`).
-    pub(crate) fn truncate_after(&self, keep: Option<u64>) -> Result<(), DiskError> {
+    pub(crate) async fn truncate_after(&self, keep: Option<u64>) -> Result<(), DiskError> {
         let first_removed = keep.map_or(0, |index| index + 1);
         // Lowered durably before anything disappears.
         let (durable_next, term) = self.read_mark()?;
         if durable_next > first_removed {
             self.write_mark(first_removed, term)?;
             self.mark
-                .sync_data()
+                .sync()
+                .await
                 .map_err(|e| DiskError::io("fdatasync", &self.mark_path, e))?;
         }
         self.remove_from(first_removed)?;
         let Some(keep) = keep else { return Ok(()) };
-        let Some(item) = self.log.range(..=key(keep, 0)).next_back() else {
+        let Some(item) = self
+            .records(Bound::Unbounded, Bound::Included(&key(keep, 0)))
+            .next_back()
+        else {
             return Ok(());
         };
         let (raw_key, value) = item.map_err(|e| self.read_failed(e))?;
@@ -415,15 +417,13 @@ impl Disk {
     }
 
     fn remove_from(&self, index: u64) -> Result<(), DiskError> {
-        self.remove(self.log.range(key(index, 0)..))
+        self.remove(self.records(Bound::Included(&key(index, 0)), Bound::Unbounded))
     }
 
-    fn remove(&self, records: sled::Iter) -> Result<(), DiskError> {
-        for raw_key in records.keys() {
-            let raw_key = raw_key.map_err(|e| self.read_failed(e))?;
-            self.log
-                .remove(raw_key)
-                .map_err(|e| DiskError::io("delete", &self.path, sled_io(e)))?;
+    fn remove(&self, records: Pairs) -> Result<(), DiskError> {
+        for record in records {
+            let (raw_key, _) = record.map_err(|e| self.read_failed(e))?;
+            self.removed(&*self.log, &raw_key)?;
         }
         Ok(())
     }
@@ -433,17 +433,17 @@ impl Disk {
     pub(crate) fn purge(&self, upto: &LogId, last: u64) -> Result<(), DiskError> {
         self.write_meta("purged", upto)?;
         if last <= upto.index {
-            return self.remove(self.log.range(..=key(upto.index, u16::MAX)));
+            let end = key(upto.index, u16::MAX);
+            return self.remove(self.records(Bound::Unbounded, Bound::Included(&end)));
         }
         // A record ends where the next begins; the one that `upto` lies in stays.
-        let mut record: Vec<sled::IVec> = Vec::new();
-        for raw_key in self.log.range(..=key(upto.index + 1, 0)).keys() {
-            let raw_key = raw_key.map_err(|e| self.read_failed(e))?;
+        let mut record: Vec<Vec<u8>> = Vec::new();
+        let end = key(upto.index + 1, 0);
+        for item in self.records(Bound::Unbounded, Bound::Included(&end)) {
+            let (raw_key, _) = item.map_err(|e| self.read_failed(e))?;
             if matches!(parse_key(&raw_key), Some((_, 0))) {
                 for done in record.drain(..) {
-                    self.log
-                        .remove(done)
-                        .map_err(|e| DiskError::io("delete", &self.path, sled_io(e)))?;
+                    self.removed(&*self.log, &done)?;
                 }
             }
             record.push(raw_key);
@@ -460,11 +460,7 @@ impl Disk {
     pub(crate) fn save_committed(&self, committed: &Option<LogId>) -> Result<(), DiskError> {
         match committed {
             Some(committed) => self.write_meta("committed", committed),
-            None => self
-                .meta
-                .remove("committed")
-                .map(|_| ())
-                .map_err(|e| DiskError::io("delete", &self.path, sled_io(e))),
+            None => self.removed(&*self.meta, b"committed"),
         }
     }
 
@@ -473,7 +469,7 @@ impl Disk {
         let sealed = self
             .sealer
             .seal(&place("raft_meta", name.as_bytes()), &bytes);
-        self.put(&self.meta, name.as_bytes(), sealed)
+        self.put(&*self.meta, name.as_bytes(), sealed)
     }
 
     fn read_meta<T: serde::de::DeserializeOwned>(
@@ -481,7 +477,11 @@ impl Disk {
         name: &str,
     ) -> Result<Option<T>, DiskError> {
         let key = || format!("raft_meta/{name}");
-        let Some(value) = self.meta.get(name).map_err(|e| self.read_failed(e))? else {
+        let Some(value) = self
+            .meta
+            .get(name.as_bytes())
+            .map_err(|e| self.read_failed(e))?
+        else {
             return Ok(None);
         };
         let bytes = self
@@ -492,13 +492,11 @@ impl Disk {
     }
 
     /// Returns when everything written so far is on the disk itself.
-    pub(crate) fn sync(&self) -> Result<(), DiskError> {
+    pub(crate) async fn sync(&self) -> Result<(), DiskError> {
         self.db
-            .flush()
-            .map_err(|e| DiskError::io("flush", &self.path, sled_io(e)))?;
-        self.file
-            .sync_data()
-            .map_err(|e| DiskError::io("fdatasync", &self.path, e))
+            .sync()
+            .await
+            .map_err(|e| self.failed("fdatasync", e))
     }
 
     /// Remembers that entries before `next` and a vote of `term` are durable.
@@ -506,21 +504,22 @@ impl Disk {
     pub(crate) fn write_mark(&self, next: u64, term: u64) -> Result<(), DiskError> {
         let plain = [next.to_le_bytes(), term.to_le_bytes()].concat();
         self.mark
-            .write_all_at(&self.sealer.seal(b"log.mark", &plain), 0)
+            .write_at(&self.sealer.seal(b"log.mark", &plain), 0)
             .map_err(|e| DiskError::io("write", &self.mark_path, e))
     }
 
     fn read_mark(&self) -> Result<(u64, u64), DiskError> {
-        let mut sealed = [0; OVERHEAD + 16];
-        match self.mark.read_exact_at(&mut sealed, 0) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok((0, 0)),
-            Err(error) => return Err(DiskError::io("read", &self.mark_path, error)),
-        }
+        let content = self
+            .host
+            .read(&self.mark_path)
+            .map_err(|e| DiskError::io("read", &self.mark_path, e))?;
+        let Some(sealed) = content.first_chunk::<{ OVERHEAD + 16 }>() else {
+            return Ok((0, 0));
+        };
         let damaged = |reason: String| DiskError::damaged(&self.mark_path, "the mark", reason);
         let plain = self
             .sealer
-            .open(b"log.mark", &sealed)
+            .open(b"log.mark", sealed)
             .map_err(|e| damaged(e.to_string()))?;
         let number = |range: std::ops::Range<usize>| {
             plain
@@ -535,15 +534,17 @@ impl Disk {
     /// One on which the next sync cannot be completed.
     #[cfg(test)]
     pub(crate) fn failing(self) -> Self {
-        let mark = File::open(&self.mark_path).unwrap();
+        let mark = std::fs::File::open(&self.mark_path).unwrap();
+        let mark = Box::new(mark);
         Self { mark, ..self }
     }
 
-    fn read_failed(&self, error: sled::Error) -> DiskError {
-        match error {
-            sled::Error::Corruption { .. } => self.damaged("a page".into(), error),
-            other => DiskError::io("read", &self.path, sled_io(other)),
-        }
+    fn read_failed(&self, error: DatabaseError) -> DiskError {
+        self.failed("read", error)
+    }
+
+    fn failed(&self, what: &'static str, error: DatabaseError) -> DiskError {
+        database_failed(what, &self.path, error)
     }
 
     fn damaged(&self, key: String, reason: impl ToString) -> DiskError {
@@ -560,36 +561,9 @@ pub(crate) fn entry_size(entry: &Entry) -> usize {
     }
 }
 
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), DiskError> {
-    File::open(dir)
-        .and_then(|handle| handle.sync_all())
-        .map_err(|e| DiskError::io("fsync", dir, e))
-}
-
-fn open_sled(path: &Path) -> Result<sled::Db, DiskError> {
-    let config = sled::Config::new()
-        .path(path)
-        .mode(sled::Mode::LowSpace)
-        .cache_capacity(CACHE_BYTES)
-        .flush_every_ms(None);
-    let give_up = Instant::now() + LOCK_PATIENCE;
-    loop {
-        // sled panics on some kinds of damage.
-        let opened = catch_unwind(AssertUnwindSafe(|| config.open()))
-            .map_err(|_| DiskError::damaged(path.join("db"), "a page", "sled gave up on it"))?;
-        match opened {
-            Ok(db) => return Ok(db),
-            // The lock of a predecessor in this process, whose last handle is still
-            // being dropped, cannot be waited for.
-            Err(sled::Error::Io(error))
-                if error.to_string().contains("lock") && Instant::now() < give_up =>
-            {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(error @ sled::Error::Corruption { .. }) => {
-                return Err(DiskError::damaged(path.join("db"), "a page", error));
-            }
-            Err(error) => return Err(DiskError::io("open", path.join("db"), sled_io(error))),
-        }
+fn database_failed(what: &'static str, path: &Path, error: DatabaseError) -> DiskError {
+    match error {
+        DatabaseError::Corrupt(reason) => DiskError::damaged(path, "a page", reason),
+        DatabaseError::Io(error) => DiskError::io(what, path, error),
     }
 }

@@ -1,26 +1,28 @@
-//! openraft's log storage: a queue to one writer thread, and the newest entries in memory.
+//! openraft's log storage: a queue to one writer, and the newest entries in memory.
 //!
 //! The raft core never waits for the disk but for votes: appends are handed to
 //! the writer, which drains all that is pending, writes it, syncs once, and then
 //! completes the callbacks in order (group commit). What is not written yet is
-//! read from memory, the rest from disk on a blocking thread. After the first
+//! read from memory, the rest from disk, away from the core. After the first
 //! failed write nothing is acknowledged any more; the owner learns it through
-//! the fatal channel. Starts the writer thread, which ends with the last handle.
+//! the fatal channel. Starts the writer (a thread of its own,
+//! where [`Threads`] says so), which ends with the last handle.
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use openraft::entry::RaftEntry as _;
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{OptionalSend, RaftLogReader};
 use parking_lot::Mutex;
+use swarm_disk::{Blocking, Threads, Worker};
 use swarm_identity::DataKey;
-use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::disk::{Disk, Recovered, entry_size};
@@ -51,7 +53,7 @@ struct Shared {
     queue: mpsc::Sender<Job>,
     pending: Arc<Semaphore>,
     /// Where reads from disk run.
-    blocking: Handle,
+    blocking: Blocking,
 }
 
 /// What is known of the log without reading it.
@@ -131,42 +133,52 @@ enum Job {
 /// The writer's end of a log: ends with the log, and can be waited for.
 pub(crate) struct LogWriter {
     queue: mpsc::WeakSender<Job>,
-    thread: std::thread::JoinHandle<()>,
+    worker: Worker,
 }
 
 impl LogWriter {
+    /// Ends the writer where it is, as a crash would.
+    #[cfg(test)]
+    pub(crate) fn kill(self) {
+        if let Worker::Task(task) = self.worker {
+            task.abort();
+        }
+    }
+
     /// Lets the writer finish what is queued, and returns when it has ended.
     pub(crate) async fn close(self) {
         if let Some(queue) = self.queue.upgrade() {
             // An error means that it has ended already.
             let _ = queue.send(Job::Close).await;
         }
-        let joined = tokio::task::spawn_blocking(move || self.thread.join()).await;
-        if !matches!(joined, Ok(Ok(()))) {
+        if !self.worker.ended().await {
             tracing::error!("the log writer panicked");
         }
     }
 }
 
 impl LogStore {
-    /// Opens or creates the log in `dir` and starts its writer. Blocks.
+    /// Opens or creates the log in `dir` and starts its writer. Waits for the disk.
     ///
     /// # Errors
     /// The log cannot be read, or is damaged: the message names file and key.
-    pub(crate) fn open(
+    pub(crate) async fn open(
+        host: Arc<dyn swarm_disk::Disk>,
         dir: &Path,
         key: &DataKey,
-        blocking: Handle,
+        threads: Threads,
+        blocking: Blocking,
         fatal: FatalReporter,
     ) -> Result<(Self, LogWriter), DiskError> {
-        let (disk, found) = Disk::open(dir, Sealer::new(key))?;
-        Self::start(disk, found, blocking, fatal)
+        let (disk, found) = Disk::open(host, dir, Sealer::new(key)).await?;
+        Self::start(disk, found, threads, blocking, fatal)
     }
 
     fn start(
         disk: Disk,
         found: Recovered,
-        blocking: Handle,
+        threads: Threads,
+        blocking: Blocking,
         fatal: FatalReporter,
     ) -> Result<(Self, LogWriter), DiskError> {
         let disk = Arc::new(disk);
@@ -187,13 +199,17 @@ impl LogStore {
             fatal,
             failed: None,
         };
-        let thread = std::thread::Builder::new()
-            .name("raft-log".into())
-            .spawn(move || writer.run(jobs))
+        let worker = threads
+            .start("raft-log", async move {
+                if threads == Threads::Own {
+                    crate::runtime::raise_priority();
+                }
+                writer.run(jobs).await;
+            })
             .map_err(|e| DiskError::io("start the writer of", disk.path(), e))?;
         let writer = LogWriter {
             queue: queue.downgrade(),
-            thread,
+            worker,
         };
         let shared = Shared {
             disk,
@@ -251,7 +267,7 @@ impl LogStore {
         let mut entries = self
             .shared
             .blocking
-            .spawn_blocking(move || disk.read(range, max_bytes))
+            .run(async move { disk.read(range, max_bytes) })
             .await
             .map_err(io::Error::other)??;
         // A limited read may return less: what is on disk is enough then, and whether
@@ -400,34 +416,30 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
-        crate::runtime::raise_priority();
+    async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         let mut batch = Vec::new();
-        loop {
-            let Some(job) = jobs.blocking_recv() else {
-                break;
-            };
+        while let Some(job) = jobs.recv().await {
             batch.push(job);
             while let Ok(job) = jobs.try_recv() {
                 batch.push(job);
             }
             let close = batch.iter().any(|job| matches!(job, Job::Close));
-            self.commit(&mut batch);
+            self.commit(&mut batch).await;
             if close {
                 break;
             }
         }
         if self.failed.is_none()
-            && let Err(error) = self.disk.sync()
+            && let Err(error) = self.disk.sync().await
         {
             self.fail(&error);
         }
     }
 
-    fn commit(&mut self, batch: &mut Vec<Job>) {
+    async fn commit(&mut self, batch: &mut Vec<Job>) {
         if self.failed.is_none() {
-            let done = catch_unwind(AssertUnwindSafe(|| self.write(batch)));
-            match done {
+            let done = AssertUnwindSafe(self.write(batch)).catch_unwind();
+            match done.await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => self.fail(&error),
                 Err(_) => self.fail(&DiskError::io(
@@ -451,7 +463,7 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, batch: &[Job]) -> Result<(), DiskError> {
+    async fn write(&mut self, batch: &[Job]) -> Result<(), DiskError> {
         let mut sync = false;
         for job in batch {
             match job {
@@ -473,7 +485,7 @@ impl Writer {
                 }
                 Job::Committed(committed) => self.disk.save_committed(committed)?,
                 Job::Truncate(keep, _) => {
-                    self.disk.truncate_after(*keep)?;
+                    self.disk.truncate_after(*keep).await?;
                     let next = keep.map_or(0, |index| index + 1);
                     self.durable_next = self.durable_next.min(next);
                     sync = true;
@@ -487,7 +499,7 @@ impl Writer {
             }
         }
         if sync {
-            self.disk.sync()?;
+            self.disk.sync().await?;
             self.disk.write_mark(self.durable_next, self.durable_term)?;
         }
         Ok(())

@@ -10,6 +10,8 @@ use openraft::type_config::TypeConfigExt as _;
 use openraft::vote::RaftLeaderIdExt as _;
 use openraft::{EntryPayload, RaftLogReader as _};
 use proptest::prelude::*;
+use swarm_disk::SystemDisk;
+use swarm_disk::memory::{MemoryDisk, Weather};
 use swarm_identity::DataKey;
 use swarm_proto::v1::Transaction;
 use tempfile::TempDir;
@@ -37,8 +39,18 @@ fn entry(term: u64, index: u64, size: usize) -> Entry {
     }
 }
 
-fn open(dir: &Path, key: &DataKey) -> Result<(LogStore, LogWriter), DiskError> {
-    LogStore::open(dir, key, Handle::current(), FatalReporter::new())
+async fn open(dir: &Path, key: &DataKey) -> Result<(LogStore, LogWriter), DiskError> {
+    open_on(SystemDisk::shared(), Threads::Own, dir, key).await
+}
+
+async fn open_on(
+    disk: Arc<dyn swarm_disk::Disk>,
+    threads: Threads,
+    dir: &Path,
+    key: &DataKey,
+) -> Result<(LogStore, LogWriter), DiskError> {
+    let blocking = threads.blocking();
+    LogStore::open(disk, dir, key, threads, blocking, FatalReporter::new()).await
 }
 
 async fn append(log: &mut LogStore, entries: Vec<Entry>) {
@@ -56,31 +68,46 @@ fn blobs(dir: &Path) -> usize {
     std::fs::read_dir(dir.join("log/blobs")).map_or(0, Iterator::count)
 }
 
-struct Builder;
+/// A log and a state machine on the machine's disk, or on one in memory without threads.
+struct Builder {
+    memory: bool,
+}
 
 impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().unwrap();
         let key = DataKey::random();
-        let (log, _writer) = open(dir.path(), &key).unwrap();
+        let (disk, threads) = if self.memory {
+            let disk: Arc<dyn swarm_disk::Disk> = Arc::new(MemoryDisk::default());
+            (disk, Threads::Callers)
+        } else {
+            (SystemDisk::shared(), Threads::Own)
+        };
+        let opened = open_on(disk.clone(), threads, dir.path(), &key).await;
+        let (log, _writer) = opened.unwrap();
         let path = dir.path().join("snapshots");
-        let (snapshots, found) = Snapshots::open(&path, Sealer::new(&key)).unwrap();
+        let (snapshots, found) = Snapshots::open(disk, &path, Sealer::new(&key)).unwrap();
         let machine =
-            StateMachine::restore(snapshots, found, Handle::current(), FatalReporter::new());
+            StateMachine::restore(snapshots, found, threads.blocking(), FatalReporter::new());
         Ok((dir, log, machine.unwrap()))
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openrafts_own_suite_passes() {
-    Suite::test_all(Builder).await.unwrap();
+    Suite::test_all(Builder { memory: false }).await.unwrap();
+}
+
+#[tokio::test]
+async fn openrafts_own_suite_passes_on_one_thread_and_a_disk_in_memory() {
+    Suite::test_all(Builder { memory: true }).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_acknowledged_is_there_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let key = DataKey::random();
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     let vote = Vote::new(3, 7);
     log.save_vote(&vote).await.unwrap();
     append(&mut log, (0..100).map(|i| entry(1, i, 300)).collect()).await;
@@ -91,7 +118,7 @@ async fn everything_acknowledged_is_there_after_a_restart() {
     log.save_committed(Some(id(3, 155))).await.unwrap();
     close(log, writer).await;
 
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     let state = log.get_log_state().await.unwrap();
     assert_eq!(state.last_purged_log_id, Some(id(1, 42)));
     assert_eq!(state.last_log_id, Some(id(3, 159)));
@@ -111,7 +138,7 @@ async fn everything_acknowledged_is_there_after_a_restart() {
 async fn large_entries_span_keys_and_no_page_becomes_a_blob() {
     let dir = tempfile::tempdir().unwrap();
     let key = DataKey::random();
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     let sizes = [10, 900 << 10, 6000, 6100, 6200, 1 << 20, 0];
     let entries: Vec<Entry> = (0..)
         .zip(sizes)
@@ -129,7 +156,7 @@ async fn large_entries_span_keys_and_no_page_becomes_a_blob() {
     assert_eq!(blobs(dir.path()), 0);
     close(log, writer).await;
 
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     assert_eq!(log.try_get_log_entries(0..7).await.unwrap(), entries);
     assert_eq!(log.try_get_log_entries(5..=5).await.unwrap(), entries[5..6]);
     // The limit of a message is reached by the second entry.
@@ -140,7 +167,7 @@ async fn large_entries_span_keys_and_no_page_becomes_a_blob() {
     log.truncate_after(Some(id(1, 1))).await.unwrap();
     log.purge(id(1, 0)).await.unwrap();
     close(log, writer).await;
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     assert_eq!(log.try_get_log_entries(..).await.unwrap(), entries[1..2]);
     assert_eq!(blobs(dir.path()), 0);
     close(log, writer).await;
@@ -149,10 +176,11 @@ async fn large_entries_span_keys_and_no_page_becomes_a_blob() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_data_key_is_refused_with_file_and_key() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut log, writer) = open(dir.path(), &DataKey::random()).unwrap();
+    let (mut log, writer) = open(dir.path(), &DataKey::random()).await.unwrap();
     append(&mut log, vec![entry(1, 0, 10)]).await;
     close(log, writer).await;
     let error = open(dir.path(), &DataKey::random())
+        .await
         .err()
         .unwrap()
         .to_string();
@@ -166,11 +194,11 @@ async fn another_data_key_is_refused_with_file_and_key() {
 async fn a_log_that_lost_its_end_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let key = DataKey::random();
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     append(&mut log, (0..10).map(|i| entry(1, i, 10)).collect()).await;
     close(log, writer).await;
     std::fs::remove_dir_all(dir.path().join("log")).unwrap();
-    let error = open(dir.path(), &key).err().unwrap().to_string();
+    let error = open(dir.path(), &key).await.err().unwrap().to_string();
     assert!(
         error.contains("raft_log/0.0") && error.contains("log/db"),
         "{error}"
@@ -181,7 +209,7 @@ async fn a_log_that_lost_its_end_is_refused() {
 async fn damage_anywhere_in_the_file_is_never_taken_for_data() {
     let dir = tempfile::tempdir().unwrap();
     let key = DataKey::random();
-    let (mut log, writer) = open(dir.path(), &key).unwrap();
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
     log.save_vote(&Vote::new(1, 1)).await.unwrap();
     let entries: Vec<Entry> = (0..200).map(|i| entry(1, i, 300)).collect();
     for chunk in entries.chunks(10) {
@@ -202,7 +230,7 @@ async fn damage_anywhere_in_the_file_is_never_taken_for_data() {
         let at = used * step / 20 + 7;
         damaged[at..at + 16].fill(0xa5);
         std::fs::write(copy.path().join("log/db"), damaged).unwrap();
-        match open(copy.path(), &key) {
+        match open(copy.path(), &key).await {
             Err(error) => {
                 assert!(matches!(error, DiskError::Damaged { .. }), "{error}");
                 refused += 1;
@@ -220,11 +248,19 @@ async fn damage_anywhere_in_the_file_is_never_taken_for_data() {
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failed_write_nothing_is_acknowledged_and_the_owner_knows() {
     let dir = tempfile::tempdir().unwrap();
-    let (disk, found) = Disk::open(dir.path(), Sealer::new(&DataKey::random())).unwrap();
+    let sealer = Sealer::new(&DataKey::random());
+    let opened = Disk::open(SystemDisk::shared(), dir.path(), sealer).await;
+    let (disk, found) = opened.unwrap();
     let fatal = FatalReporter::new();
     let mut reported = fatal.subscribe();
-    let (mut log, _writer) =
-        LogStore::start(disk.failing(), found, Handle::current(), fatal).unwrap();
+    let (mut log, _writer) = LogStore::start(
+        disk.failing(),
+        found,
+        Threads::Own,
+        Threads::Own.blocking(),
+        fatal,
+    )
+    .unwrap();
     for index in 0..2 {
         let (done, flushed) = TypeConfig::oneshot();
         log.append([entry(1, index, 10)], IOFlushed::signal(done))
@@ -265,7 +301,7 @@ proptest! {
         runtime.block_on(async {
             let dir = tempfile::tempdir().unwrap();
             let key = DataKey::random();
-            let (mut log, mut writer) = open(dir.path(), &key).unwrap();
+            let (mut log, mut writer) = open(dir.path(), &key).await.unwrap();
             let mut model: Vec<Entry> = Vec::new();
             let mut first = 0u64;
             for (term, step) in (1..).zip(steps) {
@@ -294,7 +330,7 @@ proptest! {
                     }
                     Step::Reopen => {
                         close(log, writer).await;
-                        (log, writer) = open(dir.path(), &key).unwrap();
+                        (log, writer) = open(dir.path(), &key).await.unwrap();
                     }
                 }
                 assert_eq!(log.try_get_log_entries(..).await.unwrap(), model);
@@ -302,5 +338,68 @@ proptest! {
             assert_eq!(blobs(dir.path()), 0);
             close(log, writer).await;
         });
+    }
+}
+
+/// Completes a sync when the test says so, or never.
+struct Slow(Semaphore);
+
+#[async_trait::async_trait]
+impl Weather for Slow {
+    async fn sync(&self, _: &Path) -> io::Result<()> {
+        self.0.acquire().await.map_err(io::Error::other)?.forget();
+        Ok(())
+    }
+
+    fn write(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Whatever is polled until nothing moves any more.
+async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_before_its_sync_and_a_crash_keeps_what_was() {
+    for survive in [0, 1, usize::MAX] {
+        let slow = Arc::new(Slow(Semaphore::new(100)));
+        let memory = MemoryDisk::new(slow.clone());
+        let (dir, key) = (Path::new("/raft"), DataKey::random());
+        let disk: Arc<dyn swarm_disk::Disk> = Arc::new(memory.clone());
+        let opened = open_on(disk.clone(), Threads::Callers, dir, &key).await;
+        let (mut log, writer) = opened.unwrap();
+        append(&mut log, (0..5).map(|i| entry(1, i, 100)).collect()).await;
+        log.save_vote(&Vote::new(2, 7)).await.unwrap();
+
+        slow.0.forget_permits(usize::MAX);
+        let (done, mut flushed) = TypeConfig::oneshot();
+        let more = (5..9).map(|i| entry(2, i, 3000));
+        log.append(more, IOFlushed::signal(done)).await.unwrap();
+        let mut voter = log.clone();
+        let vote = tokio::spawn(async move { voter.save_vote(&Vote::new(3, 7)).await });
+        settle().await;
+        assert!(flushed.try_recv().is_err() && !vote.is_finished());
+        vote.abort();
+        // The power goes: whatever was being done ends where it is.
+        writer.kill();
+        drop(log);
+        settle().await;
+        memory.crash(&mut |most| survive.min(most));
+        slow.0.add_permits(100);
+
+        let opened = open_on(disk, Threads::Callers, dir, &key).await;
+        let (mut log, writer) = opened.unwrap();
+        let found = log.try_get_log_entries(..).await.unwrap();
+        let all: Vec<Entry> = (0..5)
+            .map(|i| entry(1, i, 100))
+            .chain((5..9).map(|i| entry(2, i, 3000)))
+            .collect();
+        assert!(found.len() >= 5 && found == all[..found.len()], "{found:?}");
+        assert!(log.read_vote().await.unwrap() >= Some(Vote::new(2, 7)));
+        close(log, writer).await;
     }
 }

@@ -1,12 +1,11 @@
 //! Which member of which group a data directory belongs to: one small sealed file.
 
-use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use swarm_disk::Disk;
 
-use crate::disk::sync_dir;
 use crate::error::{DiskError, StartError};
 use crate::seal::Sealer;
 use crate::types::{decode, encode};
@@ -28,9 +27,13 @@ pub(crate) fn path(dir: &Path) -> PathBuf {
 }
 
 /// Reads the file; `None` when there is none.
-pub(crate) fn load(dir: &Path, sealer: &Sealer) -> Result<Option<Membership>, DiskError> {
+pub(crate) fn load(
+    disk: &dyn Disk,
+    dir: &Path,
+    sealer: &Sealer,
+) -> Result<Option<Membership>, DiskError> {
     let path = path(dir);
-    let sealed = match std::fs::read(&path) {
+    let sealed = match disk.read(&path) {
         Ok(sealed) => sealed,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(DiskError::io("read", path, error)),
@@ -44,38 +47,39 @@ pub(crate) fn load(dir: &Path, sealer: &Sealer) -> Result<Option<Membership>, Di
 }
 
 /// Writes the file, durably.
-pub(crate) fn save(dir: &Path, sealer: &Sealer, member: &Membership) -> Result<(), DiskError> {
+pub(crate) async fn save(
+    disk: &dyn Disk,
+    dir: &Path,
+    sealer: &Sealer,
+    member: &Membership,
+) -> Result<(), DiskError> {
     let path = path(dir);
     let aside = dir.join("member.writing");
     let plain = encode(member).map_err(|e| DiskError::io("encode", &path, e))?;
     let sealed = sealer.seal(FILE.as_bytes(), &plain);
-    let write = || {
-        let mut file = File::create(&aside)?;
-        file.write_all(&sealed)?;
-        file.sync_all()?;
-        std::fs::rename(&aside, &path)
-    };
-    write().map_err(|e| DiskError::io("write", &path, e))?;
-    sync_dir(dir)
+    swarm_disk::replace(disk, &path, &aside, &[&sealed])
+        .await
+        .map_err(|e| DiskError::io("write", &path, e))
 }
 
 /// Makes `dir` ready for a new member. What an attempt that never got so far as
 /// to be a member has left there is removed.
-pub(crate) fn prepare(dir: &Path) -> Result<(), StartError> {
-    if path(dir).exists() {
+pub(crate) fn prepare(disk: &dyn Disk, dir: &Path) -> Result<(), StartError> {
+    if disk.exists(&path(dir)) {
         return Err(StartError::NotEmpty(dir.to_owned()));
     }
-    std::fs::create_dir_all(dir).map_err(|e| DiskError::io("create", dir, e))?;
+    disk.create_dir(dir)
+        .map_err(|e| DiskError::io("create", dir, e))?;
     for name in ["log", "snapshots"] {
         let left = dir.join(name);
-        match std::fs::remove_dir_all(&left) {
+        match disk.remove_dir(&left) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 return Err(DiskError::io("delete", left, error).into());
             }
             _ => {}
         }
     }
-    match std::fs::remove_file(dir.join("log.mark")) {
+    match disk.remove(&dir.join("log.mark")) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(DiskError::io("delete", dir.join("log.mark"), error).into())
         }
@@ -85,12 +89,13 @@ pub(crate) fn prepare(dir: &Path) -> Result<(), StartError> {
 
 /// Reads the file of a directory that must belong to this node of this cluster.
 pub(crate) fn expect(
+    disk: &dyn Disk,
     dir: &Path,
     sealer: &Sealer,
     cluster_id: &str,
     node_id: &str,
 ) -> Result<Membership, StartError> {
-    let member = load(dir, sealer)?.ok_or_else(|| StartError::Empty(dir.to_owned()))?;
+    let member = load(disk, dir, sealer)?.ok_or_else(|| StartError::Empty(dir.to_owned()))?;
     if member.cluster_id == cluster_id && member.node_id == node_id {
         return Ok(member);
     }

@@ -2,7 +2,7 @@
 //!
 //! The core, its timers and its connections run on a runtime of their own with
 //! raised priority; files are read and written by the log's writer thread and on
-//! the caller's blocking threads. Starts the watch and, while this member is not
+//! the caller's blocking threads (but see [`Threads::Callers`]). Starts the watch and, while this member is not
 //! in yet, the entering; [`RaftNode::shutdown`] joins both.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::Mutex;
+use swarm_disk::{Blocking, Disk, SystemDisk, Threads};
 use swarm_identity::{DataKey, Identity};
 use swarm_proto::defaults::SNAPSHOT_INTERVAL;
 use swarm_proto::v1::raft_server::RaftServer;
@@ -92,10 +93,14 @@ pub struct RaftConfig {
     pub snapshot_interval: u64,
     /// Entries kept behind a snapshot.
     pub kept_entries: u64,
+    /// What `dir` is on.
+    pub disk: Arc<dyn Disk>,
+    /// Where consensus runs and the disk is waited for.
+    pub threads: Threads,
 }
 
 impl RaftConfig {
-    /// With default timing and limits.
+    /// With default timing and limits, on the machine's disk, with threads of its own.
     #[must_use]
     pub fn new(
         dir: impl Into<PathBuf>,
@@ -111,6 +116,8 @@ impl RaftConfig {
             timing: RaftTiming::default(),
             snapshot_interval: SNAPSHOT_INTERVAL,
             kept_entries: KEPT_ENTRIES,
+            disk: SystemDisk::shared(),
+            threads: Threads::default(),
         }
     }
 
@@ -166,7 +173,7 @@ impl RaftNode {
         mut first: Transaction,
     ) -> Result<Arc<Self>, StartError> {
         let sealer = Sealer::new(&config.data_key);
-        member::prepare(&config.dir)?;
+        member::prepare(&*config.disk, &config.dir)?;
         let member = membership(&config, FIRST, Vec::new());
         let node = Self::launch(config.clone(), &member).await?;
         let me = Peer {
@@ -195,7 +202,7 @@ impl RaftNode {
             return Err(StartError::Bootstrap(error));
         }
         // From here on this is a member: a crash before leaves nothing that counts.
-        member::save(&config.dir, &sealer, &member)?;
+        member::save(&*config.disk, &config.dir, &sealer, &member).await?;
         node.group.entered.send_replace(Some(Ok(())));
         Ok(node)
     }
@@ -209,6 +216,7 @@ impl RaftNode {
         let sealer = Sealer::new(&config.data_key);
         let identity = config.identity.peer();
         let member = member::expect(
+            &*config.disk,
             &config.dir,
             &sealer,
             &identity.cluster_id,
@@ -227,13 +235,14 @@ impl RaftNode {
     /// # Errors
     /// The directory is taken or cannot be written, or no manager gives it an ID.
     pub async fn join(config: RaftConfig, remotes: Vec<String>) -> Result<Arc<Self>, StartError> {
-        member::prepare(&config.dir)?;
+        member::prepare(&*config.disk, &config.dir)?;
         let (raft_id, known) = ask_for_id(&config, &remotes).await?;
         let mut all: BTreeSet<String> = remotes.into_iter().chain(known).collect();
         all.remove(&config.addr);
         let member = membership(&config, raft_id, all.into_iter().collect());
         // Before anything is acknowledged under this ID.
-        member::save(&config.dir, &Sealer::new(&config.data_key), &member)?;
+        let sealer = Sealer::new(&config.data_key);
+        member::save(&*config.disk, &config.dir, &sealer, &member).await?;
         let node = Self::launch(config, &member).await?;
         node.enter(member.remotes);
         Ok(node)
@@ -242,9 +251,9 @@ impl RaftNode {
     async fn launch(config: RaftConfig, member: &Membership) -> Result<Arc<Self>, StartError> {
         let core_config = Arc::new(config.core()?);
         let fatal = FatalReporter::new();
-        let main = Handle::current();
-        let (log, writer, machine) = open(&config, main, fatal.clone()).await?;
-        let runtime = RaftRuntime::start()
+        let blocking = config.threads.blocking();
+        let (log, writer, machine) = open(&config, blocking, fatal.clone()).await?;
+        let runtime = RaftRuntime::start(config.threads)
             .map_err(|e| DiskError::io("start raft's threads for", &config.dir, e))?;
         let pool = Pool::new(config.identity.clone(), runtime.handle().clone());
         let network = Network {
@@ -298,8 +307,8 @@ impl RaftNode {
 
     /// Whether the directory holds a member, to be started with [`RaftNode::start`].
     #[must_use]
-    pub fn exists(dir: &Path) -> bool {
-        member::path(dir).exists()
+    pub fn exists(disk: &dyn Disk, dir: &Path) -> bool {
+        disk.exists(&member::path(dir))
     }
 
     /// Has this member taken out of the group; a leader hands leadership over first.
@@ -390,16 +399,20 @@ fn membership(config: &RaftConfig, raft_id: u64, remotes: Vec<String>) -> Member
     }
 }
 
-/// Reads everything from disk, on a blocking thread.
+/// Reads everything from disk, where waiting for it holds nothing up.
 async fn open(
     config: &RaftConfig,
-    main: Handle,
+    blocking: Blocking,
     fatal: FatalReporter,
 ) -> Result<(LogStore, LogWriter, StateMachine), StartError> {
     let (dir, key) = (config.dir.clone(), config.data_key.clone());
-    let opening = tokio::task::spawn_blocking(move || {
-        let (snapshots, found) = Snapshots::open(&dir.join("snapshots"), Sealer::new(&key))?;
-        let (log, writer) = LogStore::open(&dir, &key, main.clone(), fatal.clone())?;
+    let (disk, threads) = (config.disk.clone(), config.threads);
+    let later = blocking.clone();
+    let opening = blocking.run(async move {
+        let place = dir.join("snapshots");
+        let (snapshots, found) = Snapshots::open(disk.clone(), &place, Sealer::new(&key))?;
+        let (log, writer) =
+            LogStore::open(disk, &dir, &key, threads, later.clone(), fatal.clone()).await?;
         let snapshot_dir = snapshots.dir().to_owned();
         if log.purged() > snapshots.last() {
             return Err(DiskError::damaged(
@@ -408,7 +421,7 @@ async fn open(
                 "it is missing, and the log before it has been purged",
             ));
         }
-        let machine = StateMachine::restore(snapshots, found, main, fatal)
+        let machine = StateMachine::restore(snapshots, found, later, fatal)
             .map_err(|error| DiskError::damaged(snapshot_dir, "the snapshot", error))?;
         Ok((log, writer, machine))
     });

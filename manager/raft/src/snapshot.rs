@@ -2,17 +2,15 @@
 //!
 //! A file holds a magic number, then one sealed record: the snapshot's place in
 //! the log and the encoded state. One that does not open is refused with its
-//! name, never skipped: the log before it is gone. Everything here blocks.
+//! name, never skipped: the log before it is gone. Everything here waits for the disk.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use swarm_disk::Disk;
 
-use crate::disk::sync_dir;
 use crate::error::DiskError;
 use crate::seal::Sealer;
 use crate::types::{LogId, Snapshot, SnapshotMeta, decode, encode};
@@ -24,6 +22,7 @@ const SUFFIX: &str = ".snapshot";
 /// The snapshots of one member: one that counts, and perhaps one being written.
 #[derive(Clone)]
 pub(crate) struct Snapshots {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     sealer: Sealer,
     current: Arc<Mutex<Option<Current>>>,
@@ -37,23 +36,28 @@ struct Current {
 
 impl Snapshots {
     /// Opens the directory and checks the newest snapshot, which is returned.
-    pub(crate) fn open(dir: &Path, sealer: Sealer) -> Result<(Self, Option<Snapshot>), DiskError> {
-        std::fs::create_dir_all(dir).map_err(|e| DiskError::io("create", dir, e))?;
+    pub(crate) fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        sealer: Sealer,
+    ) -> Result<(Self, Option<Snapshot>), DiskError> {
+        disk.create_dir(dir)
+            .map_err(|e| DiskError::io("create", dir, e))?;
         let mut files: Vec<PathBuf> = Vec::new();
-        let listing = std::fs::read_dir(dir).map_err(|e| DiskError::io("list", dir, e))?;
-        for item in listing {
-            let path = item.map_err(|e| DiskError::io("list", dir, e))?.path();
+        let listing = disk.list(dir).map_err(|e| DiskError::io("list", dir, e))?;
+        for path in listing {
             let name = path.file_name().and_then(|name| name.to_str());
             if name.is_some_and(|name| name.ends_with(SUFFIX)) {
                 files.push(path);
             } else {
                 // Cut short by a crash, before the rename that makes it count.
-                remove(&path)?;
+                remove(&*disk, &path)?;
             }
         }
         // Names are padded, so their order is the order in the log.
         files.sort();
         let snapshots = Self {
+            disk,
             dir: dir.to_owned(),
             sealer,
             current: Arc::default(),
@@ -66,7 +70,9 @@ impl Snapshots {
             meta: found.meta.clone(),
             path: newest,
         });
-        files.iter().try_for_each(|path| remove(path))?;
+        files
+            .iter()
+            .try_for_each(|path| remove(&*snapshots.disk, path))?;
         Ok((snapshots, Some(found)))
     }
 
@@ -96,7 +102,7 @@ impl Snapshots {
     }
 
     /// Writes a snapshot, and deletes the one before it. One that is not newer is not written.
-    pub(crate) fn save(&self, meta: &SnapshotMeta, state: &[u8]) -> Result<(), DiskError> {
+    pub(crate) async fn save(&self, meta: &SnapshotMeta, state: &[u8]) -> Result<(), DiskError> {
         if self.is_behind(meta) {
             return Ok(());
         }
@@ -111,15 +117,9 @@ impl Snapshots {
             .to_le_bytes();
         let plain = [&length, meta_bytes.as_slice(), state].concat();
         let sealed = self.sealer.seal(MAGIC, &plain);
-        let write = || {
-            let mut file = File::create(&aside)?;
-            file.write_all(MAGIC)?;
-            file.write_all(&sealed)?;
-            file.sync_all()?;
-            std::fs::rename(&aside, &path)
-        };
-        write().map_err(|e| DiskError::io("write", &path, e))?;
-        sync_dir(&self.dir)?;
+        swarm_disk::replace(&*self.disk, &path, &aside, &[MAGIC, &sealed])
+            .await
+            .map_err(|e| DiskError::io("write", &path, e))?;
         let superseded = {
             let mut current = self.current.lock();
             let newer = current
@@ -136,7 +136,9 @@ impl Snapshots {
             }
         };
         match superseded {
-            Some(old) if old.path != path || !self.is_current(&path) => remove(&old.path),
+            Some(old) if old.path != path || !self.is_current(&path) => {
+                remove(&*self.disk, &old.path)
+            }
             _ => Ok(()),
         }
     }
@@ -159,7 +161,10 @@ impl Snapshots {
     fn load(&self, path: &Path) -> Result<Snapshot, DiskError> {
         let damaged =
             |reason: &dyn ToString| DiskError::damaged(path, "the snapshot", reason.to_string());
-        let bytes = std::fs::read(path).map_err(|e| DiskError::io("read", path, e))?;
+        let bytes = self
+            .disk
+            .read(path)
+            .map_err(|e| DiskError::io("read", path, e))?;
         let sealed = bytes
             .strip_prefix(MAGIC)
             .ok_or_else(|| damaged(&"not a snapshot, or one of a newer build"))?;
@@ -176,8 +181,8 @@ impl Snapshots {
     }
 }
 
-fn remove(path: &Path) -> Result<(), DiskError> {
-    match std::fs::remove_file(path) {
+fn remove(disk: &dyn Disk, path: &Path) -> Result<(), DiskError> {
+    match disk.remove(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(DiskError::io("delete", path, error))
         }
@@ -189,6 +194,7 @@ fn remove(path: &Path) -> Result<(), DiskError> {
 mod tests {
     use super::*;
     use openraft::vote::RaftLeaderIdExt as _;
+    use swarm_disk::SystemDisk;
     use swarm_identity::DataKey;
 
     fn meta(index: u64) -> SnapshotMeta {
@@ -202,18 +208,19 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_newest_snapshot_survives_and_older_ones_are_deleted() {
+    #[tokio::test]
+    async fn the_newest_snapshot_survives_and_older_ones_are_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let sealer = Sealer::new(&DataKey::random());
-        let (snapshots, found) = Snapshots::open(dir.path(), sealer.clone()).unwrap();
+        let (snapshots, found) =
+            Snapshots::open(SystemDisk::shared(), dir.path(), sealer.clone()).unwrap();
         assert!(found.is_none());
-        snapshots.save(&meta(10), b"ten").unwrap();
-        snapshots.save(&meta(20), b"twenty").unwrap();
-        snapshots.save(&meta(15), b"fifteen").unwrap();
+        snapshots.save(&meta(10), b"ten").await.unwrap();
+        snapshots.save(&meta(20), b"twenty").await.unwrap();
+        snapshots.save(&meta(15), b"fifteen").await.unwrap();
         std::fs::write(dir.path().join("00000000000000000030.writing"), b"half").unwrap();
 
-        let (snapshots, found) = Snapshots::open(dir.path(), sealer).unwrap();
+        let (snapshots, found) = Snapshots::open(SystemDisk::shared(), dir.path(), sealer).unwrap();
         let found = found.unwrap();
         assert_eq!(found.meta, meta(20));
         assert_eq!(found.snapshot.as_ref(), b"twenty");
@@ -221,12 +228,13 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
-    #[test]
-    fn a_damaged_snapshot_is_refused_with_its_name() {
+    #[tokio::test]
+    async fn a_damaged_snapshot_is_refused_with_its_name() {
         let dir = tempfile::tempdir().unwrap();
         let sealer = Sealer::new(&DataKey::random());
-        let (snapshots, _) = Snapshots::open(dir.path(), sealer.clone()).unwrap();
-        snapshots.save(&meta(10), &[7; 4096]).unwrap();
+        let (snapshots, _) =
+            Snapshots::open(SystemDisk::shared(), dir.path(), sealer.clone()).unwrap();
+        snapshots.save(&meta(10), &[7; 4096]).await.unwrap();
         let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap();
         let path = file.unwrap().path();
         let whole = std::fs::read(&path).unwrap();
@@ -234,7 +242,9 @@ mod tests {
             let mut damaged = whole.clone();
             damaged[place] ^= 1;
             std::fs::write(&path, damaged).unwrap();
-            let error = Snapshots::open(dir.path(), sealer.clone()).err().unwrap();
+            let error = Snapshots::open(SystemDisk::shared(), dir.path(), sealer.clone())
+                .err()
+                .unwrap();
             let name = path.file_name().unwrap().to_str().unwrap();
             assert!(error.to_string().contains(name), "{error}");
         }

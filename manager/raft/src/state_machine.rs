@@ -1,6 +1,6 @@
 //! Applies committed entries to the [`Store`], in order; snapshots it and restores it.
 //!
-//! Apply touches memory only. Encoding and files are for blocking threads: a
+//! Apply touches memory only. Encoding and files are for other threads: a
 //! snapshot is built from a clone of the state, which costs nothing.
 
 use std::io;
@@ -11,8 +11,8 @@ use futures::{Stream, StreamExt as _};
 use openraft::entry::RaftEntry as _;
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use swarm_disk::Blocking;
 use swarm_store::{State, Store};
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::error::{FatalReporter, chain};
@@ -25,7 +25,7 @@ pub struct StateMachine {
     applied: watch::Sender<Option<LogId>>,
     membership: StoredMembership,
     snapshots: Snapshots,
-    blocking: Handle,
+    blocking: Blocking,
     fatal: FatalReporter,
 }
 
@@ -37,7 +37,7 @@ impl StateMachine {
     pub(crate) fn restore(
         snapshots: Snapshots,
         found: Option<Snapshot>,
-        blocking: Handle,
+        blocking: Blocking,
         fatal: FatalReporter,
     ) -> Result<Self, swarm_store::DecodeError> {
         let (state, meta) = match found {
@@ -123,10 +123,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> io::Result<()> {
         let (snapshots, saved_meta) = (self.snapshots.clone(), meta.clone());
-        let installed = self.blocking.spawn_blocking(move || {
+        let installed = self.blocking.run(async move {
             let state = State::decode(snapshot.as_ref())
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-            snapshots.save(&saved_meta, &snapshot)?;
+            snapshots.save(&saved_meta, &snapshot).await?;
             Ok::<_, io::Error>(state)
         });
         let state = match installed.await.map_err(io::Error::other)? {
@@ -148,7 +148,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let snapshots = self.snapshots.clone();
         let newest = self
             .blocking
-            .spawn_blocking(move || snapshots.newest())
+            .run(async move { snapshots.newest() })
             .await
             .map_err(io::Error::other)?;
         newest.map_err(|error| {
@@ -164,7 +164,7 @@ pub struct Builder {
     state: Arc<State>,
     meta: SnapshotMeta,
     snapshots: Snapshots,
-    blocking: Handle,
+    blocking: Blocking,
     fatal: FatalReporter,
 }
 
@@ -174,13 +174,13 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let (state, meta) = (self.state.clone(), self.meta.clone());
         let snapshots = self.snapshots.clone();
-        let built = self.blocking.spawn_blocking(move || {
+        let built = self.blocking.run(async move {
             let mut data = BytesMut::new();
             state
                 .encode()
                 .for_each(|chunk| data.extend_from_slice(&chunk));
             let data = data.freeze();
-            snapshots.save(&meta, &data)?;
+            snapshots.save(&meta, &data).await?;
             Ok::<_, crate::error::DiskError>(Snapshot {
                 meta,
                 snapshot: data,
