@@ -66,6 +66,10 @@ impl Board {
         self.0.lock().remove(id);
     }
 
+    pub fn status(&self, id: &TaskId) -> Option<TaskStatus> {
+        self.0.lock().get(id).map(|view| view.status.clone())
+    }
+
     pub fn all(&self) -> Vec<TaskView> {
         self.0.lock().values().cloned().collect()
     }
@@ -442,7 +446,7 @@ impl Driver {
 }
 
 /// Waits before attempt number `attempt` (from 0). False if the agent stops meanwhile.
-async fn pause(attempt: u32, stop: &CancellationToken) -> bool {
+pub(crate) async fn pause(attempt: u32, stop: &CancellationToken) -> bool {
     if attempt == 0 {
         return true;
     }

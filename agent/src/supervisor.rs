@@ -6,8 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use swarm_proto::TaskId;
 use swarm_proto::defaults::DATA_PATH_PORT;
 use swarm_proto::v1::{SessionInfo, Task, TaskState};
@@ -17,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use crate::agent::Request;
-use crate::driver::{Deps, Wanted, drive};
+use crate::driver::{Deps, Wanted, drive, pause};
 use crate::local::{LocalState, TaskRecord, WriteBatch};
 use crate::programmer::Goal;
 use crate::runtime::Container;
@@ -185,7 +187,10 @@ impl Worker {
         let deps = self.deps.clone();
         let cancel = self.cancel.clone();
         self.actors.insert(id.clone(), wanted);
-        let task = async move { (id, drive(deps, machine, watch, cancel).await) };
+        let task = async move {
+            let gone = keep_driving(&deps, &id, machine, watch, cancel).await;
+            (id, gone)
+        };
         self.loops.spawn(task.instrument(span));
     }
 
@@ -292,6 +297,55 @@ impl Worker {
             Err(error) => tracing::error!(%error, "the managers' addresses are not saved"),
         }
     }
+}
+
+/// Drives a task until it is gone (true) or the agent stops (false). A panic is a bug, but one
+/// task's bug: its loop begins again from what is there, as after a restart of the agent.
+async fn keep_driving(
+    deps: &Arc<Deps>,
+    id: &TaskId,
+    mut machine: Machine,
+    wanted: watch::Receiver<Wanted>,
+    cancel: CancellationToken,
+) -> bool {
+    let mut panics = 0;
+    loop {
+        let driven = drive(deps.clone(), machine, wanted.clone(), cancel.clone());
+        // Nothing of the loop's own is used after a panic; what it shares has no half-made states.
+        if let Ok(gone) = AssertUnwindSafe(driven).catch_unwind().await {
+            return gone;
+        }
+        panics += 1;
+        tracing::error!(panics, "the task's loop has panicked and begins again");
+        // It may have held an image for a container.
+        deps.images.released.notify_one();
+        machine = loop {
+            if !pause(panics, &cancel).await {
+                return false;
+            }
+            match deps.runtime.list().await {
+                Ok(containers) => break found_again(deps, id, &wanted.borrow(), containers),
+                Err(error) => tracing::warn!(%error, "cannot ask for the task's container"),
+            }
+        };
+    }
+}
+
+/// A task as a loop left it that has panicked.
+fn found_again(deps: &Deps, id: &TaskId, wanted: &Wanted, containers: Vec<Container>) -> Machine {
+    let status = deps.board.status(id);
+    let container = containers
+        .into_iter()
+        .find(|container| container.task_id == *id)
+        .map(|container| container.state);
+    // Without a container, the status says whether there was one; with it, the container does.
+    let started = container.is_none()
+        && status
+            .as_ref()
+            .is_some_and(|status| status.state >= TaskState::Starting as i32);
+    let record = TaskRecord { status, started };
+    let desired = wanted.task.desired_state;
+    Machine::new(id.clone(), desired, wanted.removed, &record, container)
 }
 
 /// What the managers know of a task that this node has no record of: after the loss of the local

@@ -350,6 +350,36 @@ async fn a_removed_task_leaves_nothing_and_takes_its_network_along() {
 }
 
 #[tokio::test]
+async fn a_loop_that_panics_begins_again_where_the_task_is() {
+    let rig = Rig::new().await;
+    // Before there is a container, when it is started, and when it is taken away.
+    for call in ["pull nginx", "create a", "start a", "stop a", "remove a"] {
+        rig.runtime.change(|state| {
+            state.panics.insert(call.to_owned(), 1);
+        });
+    }
+    rig.manager.offer(1, vec![network(), one("a", 1)]);
+    let agent = rig.agent().await;
+    rig.manager.heard(|h| h.is("a", TaskState::Running)).await;
+    assert_eq!(rig.runtime.state().starts["a"], 1);
+    let stop = set(AssignmentsType::Incremental, 1, 2, vec![shut("a", 1)]);
+    rig.manager.send(FromManager::Assignments(stop)).await;
+    rig.manager.heard(|h| h.is("a", TaskState::Shutdown)).await;
+    let gone = vec![
+        Change::RemoveTask("a".to_owned()),
+        Change::RemoveNetwork("net".to_owned()),
+    ];
+    let gone = set(AssignmentsType::Incremental, 2, 3, gone);
+    rig.manager.send(FromManager::Assignments(gone)).await;
+    rig.runtime.wait_for(|s| s.containers.is_empty()).await;
+    rig.dataplane.wait_for(|s| s.networks.is_empty()).await;
+    // Not only the task: nothing waits for the image that the loop held.
+    rig.runtime.wait_for(|s| s.images.is_empty()).await;
+    assert!(rig.runtime.state().panics.values().all(|left| *left == 0));
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn a_complete_set_drains_what_is_absent() {
     let rig = Rig::new().await;
     rig.manager

@@ -102,6 +102,8 @@ pub struct FakeRuntimeState {
     pub health: Option<HealthConfig>,
     /// Exit at once with this code when started.
     pub exit_at_once: Option<i32>,
+    /// So many of the next such calls panic before their effect, by call: "create a".
+    pub panics: BTreeMap<String, u32>,
 }
 
 /// The fake.
@@ -151,7 +153,17 @@ impl FakeRuntime {
 
     async fn begin(&self, call: String) {
         self.fuse.point().await;
-        self.change(|state| state.calls.push(call));
+        let mut panics = false;
+        self.change(|state| {
+            if let Some(left) = state.panics.get_mut(&call)
+                && *left > 0
+            {
+                *left -= 1;
+                panics = true;
+            }
+            state.calls.push(call);
+        });
+        assert!(!panics, "a bug, on purpose");
     }
 
     async fn end(&self) {
