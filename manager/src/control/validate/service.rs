@@ -413,12 +413,17 @@ fn update_config(what: &str, config: Option<&UpdateConfig>) -> Result<(), Invali
     let Some(config) = config else { return Ok(()) };
     duration(&format!("{what} delay"), config.delay.as_ref())?;
     duration(&format!("{what} monitor"), config.monitor.as_ref())?;
-    FailureAction::try_from(config.failure_action).map_err(|_| {
+    let action = FailureAction::try_from(config.failure_action).map_err(|_| {
         Invalid::argument(format!(
             "unknown {what} failure action {}",
             config.failure_action
         ))
     })?;
+    if action == FailureAction::Rollback {
+        return Err(Invalid::argument(format!(
+            "{what} failure action rollback comes later: use pause or continue"
+        )));
+    }
     UpdateOrder::try_from(config.order)
         .map_err(|_| Invalid::argument(format!("unknown {what} order {}", config.order)))?;
     if !(0.0..=1.0).contains(&config.max_failure_ratio) {
@@ -816,6 +821,12 @@ mod tests {
             ..Default::default()
         });
         assert!(text(service_spec(&many)).contains("between 0 and 1"));
+        // Never stored as if it were kept.
+        many.update = Some(UpdateConfig {
+            failure_action: FailureAction::Rollback.into(),
+            ..Default::default()
+        });
+        assert!(text(service_spec(&many)).contains("rollback comes later: use pause or continue"));
     }
 
     proptest! {
