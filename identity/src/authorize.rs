@@ -50,6 +50,7 @@ pub const TABLE: &[(&str, Allowed)] = &[
     ("/swarm.v1.Raft/Leave", Allowed::Manager),
     ("/swarm.v1.Raft/Propose", Allowed::Manager),
     ("/swarm.v1.Raft/ReadIndex", Allowed::Manager),
+    ("/swarm.v1.Raft/Members", Allowed::Manager),
     ("/swarm.v1.Control/GetCluster", Allowed::ManagerOrLocal),
     ("/swarm.v1.Control/UpdateCluster", Allowed::ManagerOrLocal),
     ("/swarm.v1.Control/GetJoinTokens", Allowed::ManagerOrLocal),

@@ -693,6 +693,9 @@ mod tests {
         fn members(&self) -> Vec<Member> {
             self.0.members()
         }
+        async fn members_heard(&self) -> Result<Vec<Member>, ReadError> {
+            self.0.members_heard().await
+        }
         async fn add_member(&self, member: Member) -> Result<(), MembershipError> {
             self.0.add_member(member).await
         }

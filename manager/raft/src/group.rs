@@ -17,8 +17,9 @@ use openraft::{ChangeMembers, Instant as _, Raft, RaftMetrics, ReadPolicy};
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::store_action::Action;
 use swarm_proto::v1::{
-    AllocateRaftId, JoinRequest, JoinResponse, LeaveRequest, NodeRole, ProposeRequest, RaftPeer,
-    ReadIndexRequest, StoreAction, Transaction,
+    AllocateRaftId, JoinRequest, JoinResponse, LeaveRequest, ManagerStatus, MembersRequest, Node,
+    NodeRole, Object, ProposeRequest, RaftMember, RaftPeer, ReadIndexRequest, StoreAction,
+    Transaction, object,
 };
 use swarm_proto::{ClusterId, NodeId};
 use swarm_store::{Leadership, Member, MembershipError, ProposeError, ReadError, State, Store};
@@ -260,47 +261,20 @@ impl Group {
     }
 
     pub(crate) async fn read(&self) -> Result<Arc<State>, ReadError> {
-        let mut attempts = Attempts::new(NO_LEADER_PATIENCE);
-        let index = loop {
-            if self.stop.is_cancelled() {
-                return Err(ReadError::Stopping);
-            }
-            let mut reason = "none is known".to_owned();
-            let mut leader = match self.read_index_here().await {
-                Ok(index) => break index,
-                Err(NotHere::Failed(ReadError::NoLeader(why))) => {
-                    reason = why;
-                    None
-                }
-                Err(NotHere::Failed(error)) => return Err(error),
-                Err(NotHere::Elsewhere(leader)) => leader,
-            };
-            let mut found = None;
-            while let Some(addr) = leader.take() {
-                match self.read_index_at(&addr).await {
-                    Ok(index) => found = Some(index),
-                    Err(NotThere::Failed(error)) => return Err(error),
-                    Err(NotThere::TryAgain(why, hint)) => {
-                        reason = why;
-                        leader = hint.filter(|hint| *hint != addr && !attempts.over());
-                    }
-                }
-            }
-            if let Some(index) = found {
-                break index;
-            }
-            if attempts.over() {
-                return Err(ReadError::NoLeader(reason));
-            }
-            if !self.pause(attempts.next_wait()).await {
-                return Err(ReadError::Stopping);
-            }
-        };
+        let attempts = Attempts::new(NO_LEADER_PATIENCE);
+        let give_up = attempts.give_up;
+        let index = self
+            .of_leader(
+                attempts,
+                || self.read_index_here(),
+                |addr| async move { self.read_index_at(&addr).await },
+            )
+            .await?;
         let mut applied = self.applied.clone();
         let reached = applied.wait_for(|applied| applied.is_some_and(|id| id.index >= index));
         tokio::select! {
             () = self.stop.cancelled() => Err(ReadError::Stopping),
-            () = tokio::time::sleep_until(attempts.give_up) => Err(ReadError::NoLeader(
+            () = tokio::time::sleep_until(give_up) => Err(ReadError::NoLeader(
                 format!("this manager has not applied entry {index} yet"),
             )),
             reached = reached => match reached {
@@ -310,15 +284,100 @@ impl Group {
         }
     }
 
+    /// The members, if this one leads.
+    pub(crate) fn members_here(&self) -> Result<Vec<Member>, NotHere<ReadError>> {
+        if self.raft.is_leader() {
+            Ok(self.members())
+        } else {
+            Err(NotHere::Elsewhere(self.leader_addr()))
+        }
+    }
+
+    async fn members_at(&self, addr: &str) -> Result<Vec<Member>, NotThere<ReadError>> {
+        let call = async {
+            let mut client = self.pool.client(addr, Lane::Requests)?;
+            client.members(MembersRequest {}).await
+        };
+        let answer = tokio::time::timeout(READ_PATIENCE * 2, call).await;
+        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
+            Ok(answer) => Ok(answer
+                .into_inner()
+                .members
+                .into_iter()
+                .map(received)
+                .collect()),
+            Err(status) => Err(again(addr, &status)),
+        }
+    }
+
+    /// The members as the leader hears them.
+    pub(crate) async fn members_heard(&self) -> Result<Vec<Member>, ReadError> {
+        self.of_leader(
+            Attempts::new(NO_LEADER_PATIENCE),
+            || std::future::ready(self.members_here()),
+            |addr| async move { self.members_at(&addr).await },
+        )
+        .await
+    }
+
+    /// What only the leader can say, which may be this one: asks until there is one. Nothing is
+    /// changed by asking, so it can always be asked again.
+    async fn of_leader<T, H, A>(
+        &self,
+        mut attempts: Attempts,
+        here: impl Fn() -> H,
+        at: impl Fn(String) -> A,
+    ) -> Result<T, ReadError>
+    where
+        H: Future<Output = Result<T, NotHere<ReadError>>>,
+        A: Future<Output = Result<T, NotThere<ReadError>>>,
+    {
+        loop {
+            if self.stop.is_cancelled() {
+                return Err(ReadError::Stopping);
+            }
+            let mut reason = "none is known".to_owned();
+            let mut leader = match here().await {
+                Ok(said) => return Ok(said),
+                Err(NotHere::Failed(ReadError::NoLeader(why))) => {
+                    reason = why;
+                    None
+                }
+                Err(NotHere::Failed(error)) => return Err(error),
+                Err(NotHere::Elsewhere(leader)) => leader,
+            };
+            while let Some(addr) = leader.take() {
+                match at(addr.clone()).await {
+                    Ok(said) => return Ok(said),
+                    Err(NotThere::Failed(error)) => return Err(error),
+                    Err(NotThere::TryAgain(why, hint)) => {
+                        reason = why;
+                        leader = hint.filter(|hint| *hint != addr && !attempts.over());
+                    }
+                }
+            }
+            if attempts.over() {
+                return Err(ReadError::NoLeader(reason));
+            }
+            if !self.pause(attempts.next_wait()).await {
+                return Err(ReadError::Stopping);
+            }
+        }
+    }
+
     // --- Who leads -------------------------------------------------------
 
-    /// Publishes who leads and asks for snapshots when they are due, until this member stops.
+    /// Publishes who leads and where members are, and asks for snapshots when they are due, until
+    /// this member stops.
     pub(crate) async fn watch(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
         let mut asked_at = 0;
         loop {
             let (leadership, applied, snapshot, running) = {
                 let metrics = metrics.borrow_watched();
+                for (&raft_id, peer) in metrics.membership_config.nodes() {
+                    self.pool.locate(raft_id, &peer.addr);
+                }
                 (
                     self.leadership_of(&metrics),
                     metrics.last_applied.map_or(0, |id| id.index),
@@ -669,6 +728,7 @@ impl Group {
                 request.raft_id
             )));
         }
+        self.publish_addr(node_id, &request.addr).await?;
         let member = Member {
             raft_id: request.raft_id,
             node_id: node_id.clone(),
@@ -683,34 +743,58 @@ impl Group {
     }
 
     async fn allocate(&self, node_id: &NodeId, addr: &str) -> Result<u64, Status> {
+        self.write(allocation(node_id, addr)).await?;
+        let state = self.store.state();
+        let status = state.node(node_id).and_then(|n| n.manager_status.as_ref());
+        status
+            .map(|status| status.raft_id)
+            .ok_or_else(|| Status::failed_precondition(format!("node {node_id} is gone")))
+    }
+
+    /// Leader: has the node's object say where its manager is, for agents and people. This comes
+    /// before the membership, which the member looks at: if only this is done, it asks again.
+    async fn publish_addr(&self, node_id: &NodeId, addr: &str) -> Result<(), Status> {
+        let node = self.store.state().node(node_id).cloned();
+        let Some(node) = node else { return Ok(()) };
+        match &node.manager_status {
+            Some(status) if status.addr != addr => {
+                let moved = object::Object::Node(Node {
+                    manager_status: Some(ManagerStatus {
+                        addr: addr.to_owned(),
+                        ..status.clone()
+                    }),
+                    // With the version that was seen: whatever else has changed stays.
+                    ..(*node).clone()
+                });
+                self.write(StoreAction {
+                    action: Some(Action::Update(Object {
+                        object: Some(moved),
+                    })),
+                })
+                .await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn write(&self, action: StoreAction) -> Result<(), Status> {
         let transaction = Transaction {
-            actions: vec![allocation(node_id, addr)],
+            actions: vec![action],
             proposed_at: Some(std::time::SystemTime::now().into()),
             proposer: self.node_id.to_string(),
             term: 0,
         };
         match self.propose_here(Command::new(&transaction)).await {
-            Ok(_) => {
-                let state = self.store.state();
-                let status = state.node(node_id).and_then(|n| n.manager_status.as_ref());
-                status
-                    .map(|status| status.raft_id)
-                    .ok_or_else(|| Status::failed_precondition(format!("node {node_id} is gone")))
-            }
+            Ok(_) => Ok(()),
             Err(NotHere::Elsewhere(leader)) => Err(refused("this manager does not lead", leader)),
             Err(NotHere::Failed(error)) => Err(Status::aborted(error.to_string())),
         }
     }
 
     fn admitted(&self, raft_id: u64) -> JoinResponse {
-        let peer = |member: Member| RaftPeer {
-            raft_id: member.raft_id,
-            node_id: member.node_id.to_string(),
-            addr: member.addr,
-        };
         JoinResponse {
             raft_id,
-            members: self.members().into_iter().map(peer).collect(),
+            members: self.members().into_iter().map(peer_of).collect(),
         }
     }
 
@@ -762,7 +846,12 @@ impl Group {
             voter: true,
             reachable: true,
         };
-        if let Err(error) = self.add_member(me).await {
+        let published = self.publish_addr(&self.node_id, &self.addr).await;
+        let published = match published {
+            Ok(()) => self.add_member(me).await.map_err(|error| error.to_string()),
+            Err(status) => Err(status.message().to_owned()),
+        };
+        if let Err(error) = published {
             tracing::warn!(%error, "cannot publish this manager's new address yet");
         }
         None
@@ -804,6 +893,34 @@ impl Group {
             }
         }
         None
+    }
+}
+
+fn peer_of(member: Member) -> RaftPeer {
+    RaftPeer {
+        raft_id: member.raft_id,
+        node_id: member.node_id.to_string(),
+        addr: member.addr,
+    }
+}
+
+/// A member on its way to a follower that asks.
+pub(crate) fn sent(member: Member) -> RaftMember {
+    RaftMember {
+        voter: member.voter,
+        reachable: member.reachable,
+        peer: Some(peer_of(member)),
+    }
+}
+
+fn received(member: RaftMember) -> Member {
+    let peer = member.peer.unwrap_or_default();
+    Member {
+        raft_id: peer.raft_id,
+        node_id: peer.node_id.into(),
+        addr: peer.addr,
+        voter: member.voter,
+        reachable: member.reachable,
     }
 }
 

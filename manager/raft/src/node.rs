@@ -493,6 +493,10 @@ impl Consensus for RaftNode {
         self.group.members()
     }
 
+    async fn members_heard(&self) -> Result<Vec<Member>, ReadError> {
+        self.group.members_heard().await
+    }
+
     async fn add_member(&self, member: Member) -> Result<(), MembershipError> {
         self.group.add_member(member).await
     }

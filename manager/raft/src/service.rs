@@ -13,13 +13,14 @@ use swarm_identity::{Caller, PeerIdentity};
 use swarm_proto::NodeId;
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::{
-    JoinRequest, JoinResponse, LeaveRequest, LeaveResponse, NodeRole, ProposeRequest,
-    ProposeResponse, RaftMessage, ReadIndexRequest, ReadIndexResponse, SnapshotChunk, raft_server,
+    JoinRequest, JoinResponse, LeaveRequest, LeaveResponse, MembersRequest, MembersResponse,
+    NodeRole, ProposeRequest, ProposeResponse, RaftMessage, ReadIndexRequest, ReadIndexResponse,
+    SnapshotChunk, raft_server,
 };
 use swarm_store::ProposeError;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::group::{Group, NotHere, refused};
+use crate::group::{Group, NotHere, refused, sent};
 use crate::types::{Command, Snapshot, SnapshotMeta, TypeConfig, Vote, decode, encode};
 
 /// No state is larger once encoded; what claims to be is not taken into memory.
@@ -219,6 +220,20 @@ impl raft_server::Raft for RaftService {
             }
             Err(NotHere::Elsewhere(leader)) => Err(refused("this manager does not lead", leader)),
             Err(NotHere::Failed(error)) => Err(Status::aborted(error.to_string())),
+        }
+    }
+
+    async fn members(
+        &self,
+        request: Request<MembersRequest>,
+    ) -> Result<Response<MembersResponse>, Status> {
+        self.manager(&request)?;
+        match self.group.members_here() {
+            Ok(members) => Ok(Response::new(MembersResponse {
+                members: members.into_iter().map(sent).collect(),
+            })),
+            Err(NotHere::Elsewhere(leader)) => Err(refused("this manager does not lead", leader)),
+            Err(NotHere::Failed(error)) => Err(refused(&error.to_string(), None)),
         }
     }
 

@@ -64,6 +64,8 @@ pub(crate) struct Pool {
     identity: Arc<Identity>,
     runtime: Handle,
     channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
+    /// Where each member is, by the newest membership.
+    places: Arc<Mutex<HashMap<u64, String>>>,
 }
 
 impl Pool {
@@ -72,7 +74,20 @@ impl Pool {
             identity,
             runtime,
             channels: Arc::default(),
+            places: Arc::default(),
         }
+    }
+
+    /// A member is at this address from now on.
+    pub(crate) fn locate(&self, raft_id: u64, addr: &str) {
+        let mut places = self.places.lock();
+        if places.get(&raft_id).is_none_or(|known| known != addr) {
+            places.insert(raft_id, addr.to_owned());
+        }
+    }
+
+    fn place_of(&self, raft_id: u64) -> Option<String> {
+        self.places.lock().get(&raft_id).cloned()
     }
 
     pub(crate) fn client(&self, addr: &str, lane: Lane) -> Result<RaftClient<Channel>, Status> {
@@ -135,6 +150,7 @@ pub(crate) struct Network {
 pub(crate) struct Remote {
     network: Network,
     to: u64,
+    /// Where it was when this was made.
     addr: String,
     lane: Lane,
 }
@@ -167,8 +183,13 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 }
 
 impl Remote {
-    fn client(&self, lane: Lane) -> Result<RaftClient<Channel>, Status> {
-        self.network.pool.client(&self.addr, lane)
+    /// openraft keeps what it made for a member when only the member's address changes.
+    fn client(&mut self, lane: Lane) -> Result<RaftClient<Channel>, Status> {
+        let pool = &self.network.pool;
+        if let Some(addr) = pool.place_of(self.to) {
+            self.addr = addr;
+        }
+        pool.client(&self.addr, lane)
     }
 
     fn message(&self, body: Vec<u8>) -> RaftMessage {
@@ -182,7 +203,7 @@ impl Remote {
 
     /// One request and its answer, within a time.
     async fn call<Q, A, F>(
-        &self,
+        &mut self,
         lane: Lane,
         within: Duration,
         request: &Q,
@@ -203,6 +224,22 @@ impl Remote {
             .map_err(rpc_error)?
             .into_inner();
         Ok(decode(&answer.body).map_err(|error| NetworkError::new(&error))?)
+    }
+
+    /// A request that no entries wait behind.
+    async fn control<Q, A, F>(
+        &mut self,
+        request: &Q,
+        option: &RPCOption,
+        send: impl FnOnce(RaftClient<Channel>, RaftMessage) -> F,
+    ) -> Result<A, RPCError<TypeConfig>>
+    where
+        Q: Serialize,
+        A: DeserializeOwned,
+        F: Future<Output = Result<Response<RaftMessage>, Status>>,
+    {
+        self.call(Lane::Control, option.hard_ttl(), request, send)
+            .await
     }
 }
 
@@ -243,13 +280,9 @@ impl RaftNetworkV2<TypeConfig> for Remote {
         rpc: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        let within = option.hard_ttl();
-        self.call(
-            Lane::Control,
-            within,
-            &rpc,
-            |mut client, message| async move { client.vote(message).await },
-        )
+        self.control(&rpc, &option, |mut client, message| async move {
+            client.vote(message).await
+        })
         .await
     }
 
@@ -258,13 +291,9 @@ impl RaftNetworkV2<TypeConfig> for Remote {
         rpc: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        let within = option.hard_ttl();
-        self.call(
-            Lane::Control,
-            within,
-            &rpc,
-            |mut client, message| async move { client.pre_vote(message).await },
-        )
+        self.control(&rpc, &option, |mut client, message| async move {
+            client.pre_vote(message).await
+        })
         .await
     }
 
@@ -273,13 +302,9 @@ impl RaftNetworkV2<TypeConfig> for Remote {
         rpc: TransferLeaderRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
-        let within = option.hard_ttl();
-        self.call(
-            Lane::Control,
-            within,
-            &rpc,
-            |mut client, message| async move { client.transfer_leader(message).await },
-        )
+        self.control(&rpc, &option, |mut client, message| async move {
+            client.transfer_leader(message).await
+        })
         .await
     }
 

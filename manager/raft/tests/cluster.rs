@@ -483,6 +483,73 @@ async fn a_newcomer_gets_a_snapshot_when_the_log_is_gone() {
     }
 }
 
+/// What the replica of `host` says of where the manager of `node` is.
+async fn published(host: &Host, node: &str, addr: &str) {
+    let published = async {
+        let (mut state, mut watch) = host.node().store().watch();
+        loop {
+            let status = state.node(node).and_then(|n| n.manager_status.clone());
+            if status.is_some_and(|status| status.addr == addr) {
+                return;
+            }
+            state = watch.next().await.unwrap().state;
+        }
+    };
+    within("publishing the address", published).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_with_a_new_address_is_known_by_it() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let moving = (lead + 1) % 3;
+    hosts[moving].stop().await;
+    hosts[moving].addr = lab.host("n9", |_| {}).addr;
+    hosts[moving].start().await.unwrap();
+    let (id, addr) = (hosts[moving].id(), hosts[moving].addr.to_string());
+    for host in &hosts {
+        published(host, &id, &addr).await;
+    }
+    within("joining", hosts[moving].node().joined())
+        .await
+        .unwrap();
+    hosts[moving].node().propose(numbered(1)).await.unwrap();
+
+    // One that leads alone has nobody to ask.
+    let mut alone = lab.cluster(1, |_| {}).await.remove(0);
+    alone.stop().await;
+    alone.addr = lab.host("n9", |_| {}).addr;
+    alone.start().await.unwrap();
+    published(&alone, &alone.id(), &alone.addr.to_string()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_know_whom_the_leader_hears() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let (follower, down) = ((lead + 1) % 3, (lead + 2) % 3);
+    let silent = hosts[down].node().raft_id();
+    hosts[down].kill();
+    let follower = hosts[follower].node();
+    let missed = async {
+        loop {
+            let heard = follower.members_heard().await.unwrap();
+            assert_eq!(heard.len(), 3);
+            if heard
+                .iter()
+                .all(|one| one.reachable == (one.raft_id != silent))
+            {
+                return;
+            }
+        }
+    };
+    within("missing the dead one", missed).await;
+    let by_leader = hosts[lead].node().members_heard().await.unwrap();
+    assert_eq!(follower.members_heard().await.unwrap(), by_leader);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn members_leave_only_while_quorum_stays() {
     let lab = Lab::new();

@@ -29,7 +29,7 @@ impl Control {
         let state = self.state().await?;
         let id = node_id(&state, &request.r#ref)?;
         let mut node = written(state.node(&id), "node", &id)?;
-        self.observe(&mut node);
+        self.observe(std::slice::from_mut(&mut node)).await?;
         Ok(node)
     }
 
@@ -44,7 +44,7 @@ impl Control {
             .map(|node| Node::clone(node))
             .collect();
         nodes.sort_by(|a, b| (hostname(a), &a.id).cmp(&(hostname(b), &b.id)));
-        nodes.iter_mut().for_each(|node| self.observe(node));
+        self.observe(&mut nodes).await?;
         bounded(ListNodesResponse { nodes })
     }
 
@@ -63,8 +63,8 @@ impl Control {
         if desired_role(old.spec.as_ref()) == NodeRole::Manager
             && spec.desired_role() == NodeRole::Worker
         {
-            may_demote(&state, &self.consensus.members(), &id)
-                .map_err(Status::failed_precondition)?;
+            let members = self.consensus.members_heard().await.map_err(error::read)?;
+            may_demote(&state, &members, &id).map_err(Status::failed_precondition)?;
             // Two demotions at the same time could each be the last but one:
             // both write the cluster object, so apply refuses the second.
             let fence = Cluster::clone(cluster::of(&state)?);
@@ -77,7 +77,8 @@ impl Control {
         })));
         let state = self.write(actions).await?;
         let mut node = written(state.node(&id), "node", &id)?;
-        self.observe(&mut node);
+        // It is written, whether or not the leader can still be asked whom it hears.
+        let _ = self.observe(std::slice::from_mut(&mut node)).await;
         Ok(node)
     }
 
@@ -133,25 +134,28 @@ impl Control {
         changed
     }
 
-    /// Fills in what this manager sees of another.
-    pub(super) fn observe(&self, node: &mut Node) {
-        let Some(status) = &mut node.manager_status else {
-            return;
-        };
-        let leader = self.consensus.leadership().borrow().leader.clone();
-        status.leader = leader.is_some_and(|leader| leader.raft_id == status.raft_id);
-        let reachable = self
-            .consensus
-            .members()
-            .iter()
-            .find(|member| member.raft_id == status.raft_id)
-            .map(|member| member.reachable);
-        status.reachability = match reachable {
-            Some(true) => Reachability::Reachable,
-            Some(false) => Reachability::Unreachable,
-            None => Reachability::Unknown,
+    /// Fills in who leads, and whom the leader hears.
+    async fn observe(&self, nodes: &mut [Node]) -> Result<(), Status> {
+        if nodes.iter().all(|node| node.manager_status.is_none()) {
+            return Ok(());
         }
-        .into();
+        let members = self.consensus.members_heard().await.map_err(error::read)?;
+        let leader = self.consensus.leadership().borrow().leader.clone();
+        let leader = leader.map(|leader| leader.raft_id);
+        for status in nodes.iter_mut().filter_map(|n| n.manager_status.as_mut()) {
+            status.leader = leader == Some(status.raft_id);
+            let reachable = members
+                .iter()
+                .find(|member| member.raft_id == status.raft_id)
+                .map(|member| member.reachable);
+            status.reachability = match reachable {
+                Some(true) => Reachability::Reachable,
+                Some(false) => Reachability::Unreachable,
+                None => Reachability::Unknown,
+            }
+            .into();
+        }
+        Ok(())
     }
 }
 

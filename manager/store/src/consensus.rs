@@ -102,8 +102,11 @@ pub trait Consensus: Send + Sync + 'static {
     /// Who leads, now and from now on.
     fn leadership(&self) -> watch::Receiver<Leadership>;
 
-    /// The members of the raft group.
+    /// The members of the raft group, as this manager knows them.
     fn members(&self) -> Vec<Member>;
+
+    /// The members of the raft group, as the leader hears them.
+    async fn members_heard(&self) -> Result<Vec<Member>, ReadError>;
 
     /// Leader only: makes `raft_id` (allocated before, see `AllocateRaftId`) a learner, waits until
     /// it has caught up, then makes it a voter.

@@ -119,6 +119,13 @@ impl Consensus for LocalConsensus {
         self.members.lock().clone()
     }
 
+    async fn members_heard(&self) -> Result<Vec<Member>, ReadError> {
+        if !self.has_leader() {
+            return Err(ReadError::NoLeader("none is set".into()));
+        }
+        Ok(self.members())
+    }
+
     async fn add_member(&self, member: Member) -> Result<(), MembershipError> {
         let mut members = self.members.lock();
         members.retain(|known| known.raft_id != member.raft_id);
