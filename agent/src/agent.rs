@@ -12,6 +12,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use swarm_disk::{Disk, Threads};
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::{Network, NodeDescription, Task, TaskState};
 use swarm_proto::{NetworkId, NodeId, TaskId};
@@ -53,6 +54,10 @@ pub struct AgentConfig {
     pub runtime: Arc<dyn Runtime>,
     /// Networks.
     pub dataplane: Arc<dyn Dataplane>,
+    /// What `data_dir` is on.
+    pub disk: Arc<dyn Disk>,
+    /// Where the disk is waited for.
+    pub threads: Threads,
 }
 
 /// Why an agent cannot do what it is asked.
@@ -107,10 +112,11 @@ impl Agent {
     /// The local store is corrupt (with the file), or the runtime or the kernel cannot be asked
     /// what they hold. Nothing was changed then that a later start would miss.
     pub async fn start(config: AgentConfig) -> Result<Self, AgentError> {
+        let (disk, threads) = (config.disk.clone(), config.threads);
         let data_dir = config.data_dir.clone();
-        let (local, stored) = tokio::task::spawn_blocking(move || LocalStore::open(&data_dir))
-            .await
-            .map_err(|_| AgentError::Stopped)??;
+        let opening = async move { LocalStore::open(&*disk, threads, &data_dir).await };
+        let opened = threads.blocking().run(opening).await;
+        let (local, stored) = opened.map_err(|_| AgentError::Stopped)??;
         let containers = config.runtime.list().await?;
         let adopted = adopt(&stored, containers.clone());
         let sandboxes = adopted

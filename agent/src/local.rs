@@ -1,22 +1,20 @@
 //! What survives a restart of the agent: the assignments it accepted (tasks,
 //! networks with their tables), how far each task is, and the managers it knows.
 //!
-//! One sled tree under `<data>/agent`, written by one thread that commits
-//! everything pending at once. sled's `flush` is not an fsync on Linux, so each
-//! commit ends with `fdatasync` on an own handle of its file. A value is cut at
+//! One database under `<data>/agent`, written by one worker that commits
+//! everything pending at once and syncs it. A value is cut at
 //! 6 KiB over several keys: a page that outgrows 128 KiB would become a blob
 //! that is never synced. After a failed write nothing more is written, because
 //! what the disk holds is no longer known; running tasks are left alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use imbl::ordmap::DiffItem;
 use prost::Message;
+use swarm_disk::{Changes, Database, DatabaseError, Disk, Threads, Tree, Worker};
 use swarm_proto::v1::{EndpointEntry, Network, ServiceEntry, SessionInfo, Task, TaskStatus};
 use swarm_proto::{NetworkId, ServiceId, TaskId};
 use tokio::sync::{mpsc, oneshot};
@@ -28,6 +26,8 @@ use crate::worker::Held;
 const FORMAT: u8 = 1;
 /// Bytes of a value under one key.
 const PART: usize = 6 << 10;
+/// Of the database.
+const CACHE_BYTES: u64 = 16 << 20;
 /// Commits waiting for the writer; a task waits when there are more.
 const PENDING_MAX: usize = 256;
 
@@ -107,14 +107,14 @@ pub struct LocalStore {
 #[derive(Debug)]
 struct Writer {
     queue: Option<mpsc::Sender<Commit>>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    worker: Option<Worker>,
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Everything queued is written before the thread ends.
+        // Everything queued is written before the worker ends. A task cannot be waited for here.
         drop(self.queue.take());
-        if let Some(thread) = self.thread.take()
+        if let Some(Worker::Thread(thread)) = self.worker.take()
             && thread.join().is_err()
         {
             tracing::error!("the local store's writer panicked");
@@ -238,42 +238,32 @@ impl WriteBatch {
 }
 
 impl LocalStore {
-    /// Opens (or makes) the store in `<data_dir>/agent` and reads all of it. Blocks.
+    /// Opens (or makes) the store in `<data_dir>/agent` and reads all of it. Waits for the disk.
     ///
     /// # Errors
     /// [`LocalError`], with the file. A corrupt store is refused and left as it is: starting
     /// without it would stop containers that somebody relies on.
-    pub fn open(data_dir: &Path) -> Result<(Self, LocalState), LocalError> {
+    pub async fn open(
+        disk: &dyn Disk,
+        threads: Threads,
+        data_dir: &Path,
+    ) -> Result<(Self, LocalState), LocalError> {
         let dir = data_dir.join("agent");
-        let io = |step, path: &Path, error: std::io::Error| LocalError::Io {
-            step,
-            path: path.to_owned(),
-            reason: error.to_string(),
-        };
-        // Tasks carry credentials of registries.
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(|error| io("make directory", &dir, error))?;
-        let db = open_sled(&dir)?;
         let path = dir.join("db");
-        let file = File::open(&path).map_err(|error| io("open", &path, error))?;
-        // sled reports some corruption by a panic.
-        let state = guarded(&path, || read_all(&db, &path))?;
-        // The directory entries of a new store.
-        File::open(&dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|error| io("sync directory", &dir, error))?;
+        // Tasks carry credentials of registries: the directory is for root only.
+        let opened = disk.database(&dir, CACHE_BYTES).await;
+        let db = opened.map_err(|error| failed("open", &path, error))?;
+        let tree = db.tree(None);
+        let tree = tree.map_err(|error| failed("open", &path, error))?;
+        let state = read_all(&*tree, &path)?;
         let (queue, commits) = mpsc::channel(PENDING_MAX);
-        let thread = std::thread::Builder::new()
-            .name("agent-store".to_owned())
-            .spawn(move || write_loop(&db, &file, &path, commits))
-            .map_err(|error| io("start writer of", &dir, error))?;
+        let worker = threads
+            .start("agent-store", write_loop(db, tree, path, commits))
+            .map_err(|error| failed("start writer of", &dir, error.into()))?;
         let store = Self {
             writer: Arc::new(Writer {
                 queue: Some(queue),
-                thread: Some(thread),
+                worker: Some(worker),
             }),
         };
         Ok((store, state))
@@ -302,56 +292,16 @@ impl LocalStore {
     }
 }
 
-fn open_sled(dir: &Path) -> Result<sled::Db, LocalError> {
-    let path = dir.join("db");
-    let config = sled::Config::new()
-        .path(dir)
-        .mode(sled::Mode::LowSpace)
-        .cache_capacity(16 << 20)
-        .flush_every_ms(None);
-    // The lock of a store that was just closed in this process lingers for a moment.
-    let mut attempts = 0;
-    loop {
-        match guarded(&path, || Ok(config.open()))? {
-            Ok(db) => return Ok(db),
-            Err(sled::Error::Io(error))
-                if error.kind() == std::io::ErrorKind::WouldBlock
-                    || error.to_string().contains("WouldBlock") =>
-            {
-                attempts += 1;
-                if attempts > 100 {
-                    return Err(LocalError::Io {
-                        step: "lock",
-                        path,
-                        reason: "another process uses it".to_owned(),
-                    });
-                }
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(sled::Error::Io(error)) if error.kind() != std::io::ErrorKind::InvalidData => {
-                return Err(LocalError::Io {
-                    step: "open",
-                    path,
-                    reason: error.to_string(),
-                });
-            }
-            Err(error) => {
-                return Err(LocalError::Corrupt {
-                    path,
-                    reason: error.to_string(),
-                });
-            }
-        }
+fn failed(step: &'static str, path: &Path, error: DatabaseError) -> LocalError {
+    let path = path.to_owned();
+    match error {
+        DatabaseError::Corrupt(reason) => LocalError::Corrupt { path, reason },
+        DatabaseError::Io(error) => LocalError::Io {
+            step,
+            path,
+            reason: error.to_string(),
+        },
     }
-}
-
-fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, LocalError>) -> Result<T, LocalError> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(LocalError::Corrupt {
-            path: path.to_owned(),
-            reason: "the storage engine cannot read it".to_owned(),
-        })
-    })
 }
 
 fn part_key(key: &str, part: u16) -> Vec<u8> {
@@ -363,40 +313,44 @@ fn part_key(key: &str, part: u16) -> Vec<u8> {
 }
 
 /// First part: format, number of parts, data. Later parts: data.
-fn put_parts(batch: &mut sled::Batch, key: &str, value: &[u8]) -> u16 {
+fn put_parts(batch: &mut Changes, key: &str, value: &[u8]) -> u16 {
     let parts = value.len().div_ceil(PART).max(1);
     let parts = u16::try_from(parts).expect("messages are bounded far below 65,535 parts");
     let mut chunks = value.chunks(PART);
     let mut first = vec![FORMAT];
     first.extend_from_slice(&parts.to_be_bytes());
     first.extend_from_slice(chunks.next().unwrap_or_default());
-    batch.insert(part_key(key, 0), first);
+    batch.push((part_key(key, 0), Some(first)));
     for (number, chunk) in (1u16..).zip(chunks) {
-        batch.insert(part_key(key, number), chunk);
+        batch.push((part_key(key, number), Some(chunk.to_vec())));
     }
     parts
 }
 
-fn write_loop(db: &sled::Db, file: &File, path: &Path, mut commits: mpsc::Receiver<Commit>) {
-    let mut failed: Option<LocalError> = None;
-    while let Some(first) = commits.blocking_recv() {
+async fn write_loop(
+    db: Arc<dyn Database>,
+    tree: Box<dyn Tree>,
+    path: PathBuf,
+    mut commits: mpsc::Receiver<Commit>,
+) {
+    let mut broken: Option<LocalError> = None;
+    while let Some(first) = commits.recv().await {
         let mut group = vec![first];
         while let Ok(next) = commits.try_recv() {
             group.push(next);
         }
-        let result = match &failed {
+        let result = match &broken {
             Some(error) => Err(error.clone()),
-            None => write_group(db, file, &group).map_err(|reason| LocalError::Io {
-                step: "write to",
-                path: path.to_owned(),
-                reason,
-            }),
+            None => {
+                let written = write_group(&*db, &*tree, &group).await;
+                written.map_err(|error| failed("write to", &path, error))
+            }
         };
         if let Err(error) = &result
-            && failed.is_none()
+            && broken.is_none()
         {
             tracing::error!(%error, "nothing more is written until the agent is started again");
-            failed = Some(error.clone());
+            broken = Some(error.clone());
         }
         for commit in group {
             // Whoever does not wait for the disk has dropped the other end.
@@ -405,11 +359,15 @@ fn write_loop(db: &sled::Db, file: &File, path: &Path, mut commits: mpsc::Receiv
     }
 }
 
-fn write_group(db: &sled::Db, file: &File, group: &[Commit]) -> Result<(), String> {
+async fn write_group(
+    db: &dyn Database,
+    tree: &dyn Tree,
+    group: &[Commit],
+) -> Result<(), DatabaseError> {
     for commit in group {
-        let mut batch = sled::Batch::default();
+        let mut batch = Changes::new();
         for (key, value) in &commit.batch.writes {
-            let before = match db.get(part_key(key, 0)).map_err(|e| e.to_string())? {
+            let before = match tree.get(&part_key(key, 0))? {
                 Some(first) if first.len() >= 3 => u16::from_be_bytes([first[1], first[2]]),
                 _ => 0,
             };
@@ -417,24 +375,23 @@ fn write_group(db: &sled::Db, file: &File, group: &[Commit]) -> Result<(), Strin
                 .as_ref()
                 .map_or(0, |value| put_parts(&mut batch, key, value));
             for part in now..before {
-                batch.remove(part_key(key, part));
+                batch.push((part_key(key, part), None));
             }
         }
-        db.apply_batch(batch).map_err(|e| e.to_string())?;
+        tree.apply(batch)?;
     }
-    db.flush().map_err(|e| e.to_string())?;
-    file.sync_data().map_err(|e| e.to_string())
+    db.sync().await
 }
 
-fn read_all(db: &sled::Db, path: &Path) -> Result<LocalState, LocalError> {
+fn read_all(tree: &dyn Tree, path: &Path) -> Result<LocalState, LocalError> {
     let corrupt = |key: &str, reason: &str| LocalError::Corrupt {
         path: path.to_owned(),
         reason: format!("record {key}: {reason}"),
     };
     let mut values: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut missing: Option<(String, u16, u16)> = None;
-    for item in db.iter() {
-        let (key, data) = item.map_err(|error| corrupt("?", &error.to_string()))?;
+    for item in tree.range(Bound::Unbounded, Bound::Unbounded) {
+        let (key, data) = item.map_err(|error| failed("read", path, error))?;
         let (name, part) = split_key(&key).ok_or_else(|| corrupt("?", "strange key"))?;
         if let Some((open, next, parts)) = missing.take() {
             if open != name || part != next {
@@ -559,7 +516,20 @@ fn build_state(values: &BTreeMap<String, Vec<u8>>) -> Result<LocalState, Named> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use swarm_disk::SystemDisk;
+    use swarm_disk::memory::MemoryDisk;
     use swarm_proto::v1::{ContainerSpec, TaskSpec};
+
+    async fn open(dir: &Path) -> Result<(LocalStore, LocalState), LocalError> {
+        LocalStore::open(&SystemDisk, Threads::Own, dir).await
+    }
+
+    async fn raw(dir: &Path) -> (Arc<dyn Database>, Box<dyn Tree>) {
+        let db = SystemDisk.database(&dir.join("agent"), 1 << 20).await;
+        let db = db.unwrap();
+        let tree = db.tree(None).unwrap();
+        (db, tree)
+    }
 
     fn task(id: &str, env_bytes: usize) -> Arc<Task> {
         Arc::new(Task {
@@ -607,7 +577,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_committed_is_there_after_opening_again() {
         let dir = tempfile::tempdir().unwrap();
-        let (store, state) = LocalStore::open(dir.path()).unwrap();
+        let (store, state) = open(dir.path()).await.unwrap();
         assert_eq!(state, LocalState::default());
         let first = held(3, &[task("a", 40_000), task("b", 10)], 500);
         write(&store, &Held::default(), &first).await;
@@ -622,7 +592,7 @@ mod tests {
         batch.record(&TaskId::from("a"), &record);
         store.commit(batch).await.unwrap();
         drop(store);
-        let (_store, state) = LocalStore::open(dir.path()).unwrap();
+        let (_store, state) = open(dir.path()).await.unwrap();
         assert_eq!(state.held, second);
         assert_eq!(state.tasks["a"].record, record);
     }
@@ -630,25 +600,25 @@ mod tests {
     #[tokio::test]
     async fn removed_tasks_stay_until_their_last_trace_is_gone() {
         let dir = tempfile::tempdir().unwrap();
-        let (store, _) = LocalStore::open(dir.path()).unwrap();
+        let (store, _) = open(dir.path()).await.unwrap();
         let first = held(3, &[task("a", 1)], 0);
         write(&store, &Held::default(), &first).await;
         write(&store, &first, &held(4, &[], 0)).await;
         drop(store);
-        let (store, state) = LocalStore::open(dir.path()).unwrap();
+        let (store, state) = open(dir.path()).await.unwrap();
         assert!(state.held.tasks.is_empty() && state.tasks["a"].removed);
         let mut batch = WriteBatch::default();
         batch.remove_task(&TaskId::from("a"));
         store.commit(batch).await.unwrap();
         drop(store);
-        let (_store, state) = LocalStore::open(dir.path()).unwrap();
+        let (_store, state) = open(dir.path()).await.unwrap();
         assert!(state.tasks.is_empty());
     }
 
     #[tokio::test]
     async fn no_value_becomes_an_unsynced_blob() {
         let dir = tempfile::tempdir().unwrap();
-        let (store, _) = LocalStore::open(dir.path()).unwrap();
+        let (store, _) = open(dir.path()).await.unwrap();
         let tasks: Vec<_> = (0..8).map(|n| task(&format!("t{n}"), 900 << 10)).collect();
         write(&store, &Held::default(), &held(1, &tasks, 0)).await;
         drop(store);
@@ -659,15 +629,15 @@ mod tests {
     #[tokio::test]
     async fn a_corrupt_store_is_refused_by_its_name_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
-        let (store, _) = LocalStore::open(dir.path()).unwrap();
+        let (store, _) = open(dir.path()).await.unwrap();
         write(&store, &Held::default(), &held(1, &[task("a", 1)], 0)).await;
         drop(store);
-        let db = open_sled(&dir.path().join("agent")).unwrap();
-        db.insert(part_key("t/a", 0), vec![FORMAT, 0, 1, 0xff, 0xff])
+        let (db, tree) = raw(dir.path()).await;
+        tree.put(&part_key("t/a", 0), vec![FORMAT, 0, 1, 0xff, 0xff])
             .unwrap();
-        db.flush().unwrap();
-        drop(db);
-        let error = LocalStore::open(dir.path()).unwrap_err();
+        db.sync().await.unwrap();
+        drop((db, tree));
+        let error = open(dir.path()).await.unwrap_err();
         assert!(matches!(error, LocalError::Corrupt { .. }), "{error}");
         assert!(error.to_string().contains("agent/db"), "{error}");
         assert!(error.to_string().contains("t/a"), "{error}");
@@ -676,17 +646,30 @@ mod tests {
     #[tokio::test]
     async fn a_store_of_a_newer_version_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let db = {
-            std::fs::create_dir_all(dir.path().join("agent")).unwrap();
-            open_sled(&dir.path().join("agent")).unwrap()
-        };
-        db.insert(part_key("t/a", 0), vec![FORMAT + 1, 0, 1])
+        let (db, tree) = raw(dir.path()).await;
+        tree.put(&part_key("t/a", 0), vec![FORMAT + 1, 0, 1])
             .unwrap();
-        db.flush().unwrap();
-        drop(db);
+        db.sync().await.unwrap();
+        drop((db, tree));
         assert!(matches!(
-            LocalStore::open(dir.path()),
+            open(dir.path()).await,
             Err(LocalError::Newer { .. })
         ));
+    }
+
+    #[tokio::test]
+    async fn on_one_thread_a_crash_loses_nothing_that_was_committed() {
+        let (disk, dir) = (MemoryDisk::default(), Path::new("/node"));
+        let (store, _) = LocalStore::open(&disk, Threads::Callers, dir)
+            .await
+            .unwrap();
+        let first = held(3, &[task("a", 40_000), task("b", 10)], 50);
+        write(&store, &Held::default(), &first).await;
+        drop(store);
+        disk.crash(&mut |_| 0);
+        let (_store, state) = LocalStore::open(&disk, Threads::Callers, dir)
+            .await
+            .unwrap();
+        assert_eq!(state.held, first);
     }
 }

@@ -207,6 +207,8 @@ async fn start_agent(parts: AgentParts) -> Result<(Agent, HostDescription)> {
         connector: Arc::new(parts.identity),
         runtime: parts.runtime,
         dataplane: parts.dataplane,
+        disk: swarm_disk::SystemDisk::shared(),
+        threads: swarm_disk::Threads::Own,
     })
     .await;
     match started {

@@ -212,6 +212,8 @@ impl Rig {
     fn config(&self, remotes: Vec<String>) -> AgentConfig {
         let (_, description) = watch::channel(NodeDescription::default());
         AgentConfig {
+            disk: swarm_disk::SystemDisk::shared(),
+            threads: swarm_disk::Threads::Own,
             data_dir: self.dir.path().to_owned(),
             node_id: NodeId::from(NODE),
             remotes,
