@@ -133,6 +133,16 @@ impl HostDescription {
         })
     }
 
+    /// One that never changes, for a node without a machine of its own.
+    #[must_use]
+    pub fn fixed(description: NodeDescription) -> Self {
+        Self {
+            current: watch::channel(description).1,
+            cancel: CancellationToken::new(),
+            loops: Vec::new(),
+        }
+    }
+
     /// The description now and later.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<NodeDescription> {

@@ -1,15 +1,5 @@
 //! `swarmd`: one process per host. Agent always, manager when the node has that role.
 
-mod address;
-mod config;
-mod found;
-mod local;
-mod manager;
-mod member;
-mod node;
-mod settings;
-mod switch;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -19,29 +9,17 @@ use clap::Parser as _;
 use swarm_agent::network::config::DataplaneConfig;
 use swarm_agent::network::kernel::KernelDataplane;
 use swarm_agent::runtime::{OciEngine, OciRuntime, RuntimeConfig};
-use swarm_identity::{AuthorizeLayer, LocalListener, grpc_server};
-use swarm_proto::defaults::MESSAGE_MAX;
-use swarm_proto::v1::node_local_server::NodeLocalServer;
+use swarm_daemon::config::{Args, File};
+use swarm_daemon::{Environment, ManagerSlot, Node, ThisHost, local_services};
+use swarm_disk::{SystemDisk, Threads};
+use swarm_identity::{AuthorizeLayer, LocalListener, Tcp, grpc_server};
+use swarm_raft::RaftTiming;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
-
-use crate::config::{Args, File};
-use crate::local::LocalService;
-use crate::node::Node;
-use crate::switch::{ManagerSlot, Switch};
 
 /// How long a stop may take before the process ends all the same.
 const STOP_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
-/// Services that every node has on its local socket.
-const OWN_SERVICES: &[&str] = &[
-    "/swarm.v1.NodeLocal/",
-    "/grpc.health.v1.Health/",
-    "/grpc.reflection.v1.ServerReflection/",
-    "/grpc.reflection.v1alpha.ServerReflection/",
-];
-
 fn main() -> ExitCode {
     // Containers' shims and the name server are this binary too, started again; they
     // must be single-threaded, so they come before everything else.
@@ -104,20 +82,24 @@ async fn serve(args: Args, file: File) -> Result<()> {
         args.run_dir.clone(),
         own_binary(),
     ))?);
-    let node = Node::new(
-        args,
-        file,
+    let environment = Environment {
         hostname,
-        slot.clone(),
+        data_dir: args.data_dir,
+        engine_labels: file.engine_labels.into_iter().collect(),
+        host: Arc::new(ThisHost),
+        net: Tcp::shared(),
+        disk: SystemDisk::shared(),
+        threads: Threads::Own,
+        timing: RaftTiming::default(),
         runtime,
         dataplane,
-        fatal,
-    );
+    };
+    let node = Node::new(environment, slot.clone(), fatal);
 
     let stop = CancellationToken::new();
     let held = node.hold().await;
     let server = tokio::spawn({
-        let services = Switch::new(local_routes(Arc::clone(&node))?, OWN_SERVICES, slot);
+        let services = local_services(Arc::clone(&node), slot)?;
         let stop = stop.clone();
         async move {
             grpc_server()
@@ -148,26 +130,6 @@ async fn serve(args: Args, file: File) -> Result<()> {
         _ = terminate.recv() => tracing::warn!("told to stop twice: ending at once"),
     }
     ended
-}
-
-fn local_routes(node: Arc<Node>) -> Result<Routes> {
-    let local =
-        NodeLocalServer::new(LocalService::new(node)).max_decoding_message_size(MESSAGE_MAX);
-    with_reflection(Routes::new(local))
-}
-
-/// Adds what every listener has: reflection, so that clients need no .proto files, and health.
-fn with_reflection(routes: Routes) -> Result<Routes> {
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(swarm_proto::FILE_DESCRIPTOR_SET)
-    };
-    // A listener serves as long as it is there: the empty name is the server itself.
-    let (_, health) = tonic_health::server::health_reporter();
-    Ok(routes
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
-        .add_service(health))
 }
 
 fn runtime_config(args: &Args, file: &File) -> RuntimeConfig {

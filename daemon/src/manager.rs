@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use swarm_disk::{Disk, Threads};
 use swarm_identity::{AuthorizeLayer, DataKey, Identity, Listener, grpc_server};
 use swarm_manager::{Manager, ManagerConfig, ca};
 use swarm_proto::v1::{NodeRole, Transaction};
-use swarm_raft::{RaftConfig, RaftNode};
+use swarm_raft::{RaftConfig, RaftNode, RaftTiming};
 use swarm_store::Consensus as _;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -32,6 +33,12 @@ pub struct ManagerContext {
     pub data_key: DataKey,
     /// Where they are.
     pub raft_dir: PathBuf,
+    /// What that is on.
+    pub disk: Arc<dyn Disk>,
+    /// Where consensus runs and the disk is waited for.
+    pub threads: Threads,
+    /// Heartbeats and elections.
+    pub timing: RaftTiming,
     /// host:port at which the others reach this manager.
     pub advertise_addr: SocketAddr,
     /// What its API is bound to.
@@ -48,7 +55,7 @@ impl ManagerContext {
     /// # Errors
     /// A file cannot be removed.
     pub fn wipe_raft(&self) -> Result<()> {
-        remove_dir(&self.raft_dir)
+        remove_dir(&*self.disk, &self.raft_dir)
     }
 }
 
@@ -66,8 +73,8 @@ impl Beginning {
     /// From the log if there is one; otherwise (a crash cut the first start
     /// short, or the node was just promoted) it joins.
     #[must_use]
-    pub fn resume(raft_dir: &Path, remotes: Vec<String>) -> Self {
-        if RaftNode::exists(&swarm_disk::SystemDisk, raft_dir) {
+    pub fn resume(disk: &dyn Disk, raft_dir: &Path, remotes: Vec<String>) -> Self {
+        if RaftNode::exists(disk, raft_dir) {
             Self::Resume
         } else {
             Self::Join(remotes)
@@ -96,12 +103,15 @@ impl RunningManager {
             Arc::clone(&context.identity),
         )
         .await?;
-        let config = RaftConfig::new(
+        let mut config = RaftConfig::new(
             context.raft_dir.clone(),
             context.advertise_addr.to_string(),
             Arc::clone(&context.identity),
             context.data_key.clone(),
         );
+        config.disk = Arc::clone(&context.disk);
+        config.threads = context.threads;
+        config.timing = context.timing;
         let joining = matches!(beginning, Beginning::Join(_));
         let raft = match beginning {
             Beginning::Bootstrap(transaction) => RaftNode::bootstrap(config, *transaction).await,
@@ -147,6 +157,12 @@ impl RunningManager {
         }
         context.slot.open(routes);
         Ok(running)
+    }
+
+    /// Its member of the raft group.
+    #[must_use]
+    pub fn raft(&self) -> &Arc<RaftNode> {
+        &self.raft
     }
 
     /// How many managers vote.

@@ -13,12 +13,14 @@ use swarm_agent::description::{DescriptionConfig, HostDescription};
 use swarm_agent::network::Dataplane;
 use swarm_agent::runtime::Runtime;
 use swarm_agent::session::SessionState;
+use swarm_disk::{Disk, Threads};
 use swarm_identity::{Identity, KeyStore, keep_renewed};
 use swarm_proto::v1::NodeRole;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::environment::Host;
 use crate::manager::{Beginning, ManagerContext, RunningManager};
 use crate::settings::Settings;
 use crate::switch::{PREPARING, WORKER};
@@ -44,6 +46,8 @@ pub struct MemberConfig {
     pub hostname: String,
     /// Labels of whoever runs it.
     pub engine_labels: Vec<(String, String)>,
+    /// The machine.
+    pub host: Arc<dyn Host>,
     /// Containers.
     pub runtime: Arc<dyn Runtime>,
     /// Networks.
@@ -93,6 +97,9 @@ impl Member {
                 engine_labels: config.engine_labels,
                 trust_root_digest: identity.root_digest().to_string(),
             },
+            host: config.host,
+            disk: Arc::clone(&context.disk),
+            threads: context.threads,
             identity: Arc::clone(&identity),
             remotes: remotes.clone(),
             data_dir: config.data_dir,
@@ -187,6 +194,9 @@ impl Member {
 
 struct AgentParts {
     description: DescriptionConfig,
+    host: Arc<dyn Host>,
+    disk: Arc<dyn Disk>,
+    threads: Threads,
     identity: Arc<Identity>,
     remotes: Vec<String>,
     data_dir: std::path::PathBuf,
@@ -196,8 +206,8 @@ struct AgentParts {
 }
 
 async fn start_agent(parts: AgentParts) -> Result<(Agent, HostDescription)> {
-    let description =
-        HostDescription::start(parts.description, Arc::clone(&parts.dataplane)).await?;
+    let dataplane = Arc::clone(&parts.dataplane);
+    let description = parts.host.describe(parts.description, dataplane).await?;
     let started = Agent::start(AgentConfig {
         data_dir: parts.data_dir,
         node_id: parts.identity.node_id(),
@@ -207,8 +217,8 @@ async fn start_agent(parts: AgentParts) -> Result<(Agent, HostDescription)> {
         connector: Arc::new(parts.identity),
         runtime: parts.runtime,
         dataplane: parts.dataplane,
-        disk: swarm_disk::SystemDisk::shared(),
-        threads: swarm_disk::Threads::Own,
+        disk: parts.disk,
+        threads: parts.threads,
     })
     .await;
     match started {
@@ -303,7 +313,7 @@ async fn match_role(
     match (context.identity.role(), manager.is_some()) {
         (NodeRole::Manager, false) => {
             context.slot.close(PREPARING);
-            let beginning = Beginning::resume(&context.raft_dir, remotes);
+            let beginning = Beginning::resume(&*context.disk, &context.raft_dir, remotes);
             *manager = Some(RunningManager::start(context, beginning).await?);
             tracing::info!("this node is a manager now");
         }

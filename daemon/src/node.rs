@@ -10,12 +10,10 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
 use swarm_agent::agent::{Agent, AgentError};
-use swarm_agent::network::kernel::KernelDataplane;
-use swarm_agent::runtime::{
-    ExecConfig, ExecSession, LogOptions, LogStream, OciRuntime, RuntimeError,
-};
+use swarm_agent::runtime::{ExecConfig, ExecSession, LogOptions, LogStream, RuntimeError};
+use swarm_disk::Disk;
 use swarm_identity::{
-    DataKey, Identity, JoinToken, KeyStore, Stored, Tcp, fetch_root, request_certificate,
+    DataKey, Identity, JoinToken, KeyStore, Stored, fetch_root, request_certificate,
 };
 use swarm_manager::ca::initial_transaction;
 use swarm_manager::clock::system_clock;
@@ -29,7 +27,7 @@ use tokio::sync::{OwnedRwLockWriteGuard, RwLock, mpsc};
 use tonic::Status;
 
 use crate::address;
-use crate::config::{Args, File};
+use crate::environment::Environment;
 use crate::found;
 use crate::local::runtime_status;
 use crate::manager::{Beginning, ManagerContext, RunningManager};
@@ -49,12 +47,8 @@ pub struct Held(OwnedRwLockWriteGuard<Option<Member>>);
 
 /// What this process is.
 pub struct Node {
-    args: Args,
-    file: File,
-    hostname: String,
+    on: Environment,
     slot: ManagerSlot,
-    runtime: Arc<OciRuntime>,
-    dataplane: Arc<KernelDataplane>,
     /// Why the process must end: said to `main`.
     fatal: mpsc::Sender<String>,
     member: Arc<RwLock<Option<Member>>>,
@@ -64,22 +58,14 @@ impl Node {
     /// A node that is in no swarm yet, as far as it knows.
     #[must_use]
     pub fn new(
-        args: Args,
-        file: File,
-        hostname: String,
+        environment: Environment,
         slot: ManagerSlot,
-        runtime: Arc<OciRuntime>,
-        dataplane: Arc<KernelDataplane>,
         fatal: mpsc::Sender<String>,
     ) -> Arc<Self> {
         slot.close(NOT_IN_A_SWARM);
         Arc::new(Self {
-            args,
-            file,
-            hostname,
+            on: environment,
             slot,
-            runtime,
-            dataplane,
             fatal,
             member: Arc::default(),
         })
@@ -97,15 +83,15 @@ impl Node {
     pub async fn resume(&self, held: Held) -> anyhow::Result<()> {
         let Held(mut member) = held;
         let stored = self.key_store().load()?;
-        let settings = Settings::load(&self.args.data_dir)?;
+        let settings = Settings::load(&self.on.data_dir)?;
         let (Some(stored), Some(settings)) = (stored, settings) else {
             // A crash between the two steps of a join leaves one of them: it was not acknowledged.
             self.forget()?;
             return Ok(());
         };
-        let identity = Identity::new(stored.material)?;
+        let identity = Identity::on(stored.material, Arc::clone(&self.on.net))?;
         let beginning = (identity.role() == NodeRole::Manager)
-            .then(|| Beginning::resume(&self.args.data_dir.join("raft"), settings.remotes.clone()));
+            .then(|| Beginning::resume(&*self.on.disk, &self.raft_dir(), settings.remotes.clone()));
         *member = Some(
             self.start(identity, stored.data_key, settings, beginning)
                 .await?,
@@ -122,7 +108,7 @@ impl Node {
         if member.is_some() {
             return Err(Status::failed_precondition(ALREADY));
         }
-        let settings = settings(
+        let settings = self.settings(
             &request.advertise_addr,
             &request.listen_addr,
             &request.data_path_addr,
@@ -130,15 +116,15 @@ impl Node {
         )?;
         let params = found::params(
             &request,
-            &self.hostname,
+            &self.on.hostname,
             settings.advertise_addr.to_string(),
         )
         .map_err(Status::invalid_argument)?;
         let new = initial_transaction(&params, system_clock()())
             .map_err(|error| internal(&error.into()))?;
         let data_key = DataKey::random();
-        let identity =
-            Identity::new(new.material.clone()).map_err(|error| internal(&error.into()))?;
+        let identity = Identity::on(new.material.clone(), Arc::clone(&self.on.net))
+            .map_err(|error| internal(&error.into()))?;
         let answer = InitResponse {
             node_id: identity.node_id().to_string(),
             tokens: Some(new.tokens),
@@ -176,7 +162,7 @@ impl Node {
             ));
         }
         let remotes: Vec<String> = request.remotes.iter().map(|r| with_port(r)).collect();
-        let mut settings = settings(
+        let mut settings = self.settings(
             &request.advertise_addr,
             &request.listen_addr,
             &request.data_path_addr,
@@ -185,7 +171,8 @@ impl Node {
         let material = self
             .certificate(&remotes, &token, request.availability())
             .await?;
-        let identity = Identity::new(material.clone()).map_err(|error| internal(&error.into()))?;
+        let identity = Identity::on(material.clone(), Arc::clone(&self.on.net))
+            .map_err(|error| internal(&error.into()))?;
         settings.remotes = remotes.clone();
         let role = identity.role();
         let stored = Stored {
@@ -211,12 +198,13 @@ impl Node {
         token: &JoinToken,
         availability: NodeAvailability,
     ) -> Result<swarm_identity::KeyMaterial, Status> {
-        let net = Tcp::shared();
+        let net = Arc::clone(&self.on.net);
         let mut last = None;
         for remote in remotes {
             let got = async {
                 let root = fetch_root(&net, remote, token).await?;
-                request_certificate(&net, remote, &root, token, availability, &self.hostname).await
+                request_certificate(&net, remote, &root, token, availability, &self.on.hostname)
+                    .await
             };
             match got.await {
                 Ok(material) => return Ok(material),
@@ -239,10 +227,10 @@ impl Node {
         beginning: Option<Beginning>,
     ) -> anyhow::Result<Member> {
         let made = async {
-            std::fs::create_dir_all(&self.args.data_dir)
-                .with_context(|| format!("making {}", self.args.data_dir.display()))?;
+            std::fs::create_dir_all(&self.on.data_dir)
+                .with_context(|| format!("making {}", self.on.data_dir.display()))?;
             self.key_store().save(&stored)?;
-            settings.save(&self.args.data_dir)?;
+            settings.save(&self.on.data_dir)?;
             self.start(identity, stored.data_key.clone(), settings, beginning)
                 .await
         };
@@ -267,7 +255,10 @@ impl Node {
         let context = ManagerContext {
             identity,
             data_key,
-            raft_dir: self.args.data_dir.join("raft"),
+            raft_dir: self.raft_dir(),
+            disk: Arc::clone(&self.on.disk),
+            threads: self.on.threads,
+            timing: self.on.timing,
             advertise_addr: settings.advertise_addr,
             listen_addr: settings.listen_addr,
             slot: self.slot.clone(),
@@ -277,11 +268,12 @@ impl Node {
             context,
             settings,
             key_store: self.key_store(),
-            data_dir: self.args.data_dir.clone(),
-            hostname: self.hostname.clone(),
-            engine_labels: self.file.engine_labels.clone().into_iter().collect(),
-            runtime: self.runtime.clone(),
-            dataplane: self.dataplane.clone(),
+            data_dir: self.on.data_dir.clone(),
+            hostname: self.on.hostname.clone(),
+            engine_labels: self.on.engine_labels.clone(),
+            host: Arc::clone(&self.on.host),
+            runtime: Arc::clone(&self.on.runtime),
+            dataplane: Arc::clone(&self.on.dataplane),
         };
         Member::start(config, beginning).await
     }
@@ -307,7 +299,8 @@ impl Node {
             member.stop().await;
         }
         self.slot.close(NOT_IN_A_SWARM);
-        self.dataplane
+        self.on
+            .dataplane
             .teardown()
             .await
             .map_err(|error| internal(&error.into()))?;
@@ -322,11 +315,17 @@ impl Node {
         }
     }
 
+    /// Looks at what this node is as a member of its swarm, unless it is in none, or is just
+    /// entering or leaving one.
+    pub fn look<T>(&self, look: impl FnOnce(&Member) -> T) -> Option<T> {
+        self.member.try_read().ok()?.as_ref().map(look)
+    }
+
     /// What `swarm info` shows.
     pub fn info(&self) -> InfoResponse {
         let mut info = InfoResponse {
             state: LocalState::Inactive.into(),
-            hostname: self.hostname.clone(),
+            hostname: self.on.hostname.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         };
@@ -373,7 +372,7 @@ impl Node {
         image: &str,
         auth: Option<&RegistryAuth>,
     ) -> Result<(String, Vec<Platform>), RuntimeError> {
-        self.runtime.resolve(image, auth).await
+        self.on.runtime.resolve(image, auth).await
     }
 
     /// Starts a process in the container of a task of this node.
@@ -403,58 +402,64 @@ impl Node {
     }
 
     fn key_store(&self) -> KeyStore {
-        KeyStore::new(self.args.data_dir.join("certificates"))
+        KeyStore::new(self.on.data_dir.join("certificates"))
+    }
+
+    /// The addresses of this node, from what the user wrote.
+    fn settings(
+        &self,
+        advertise: &str,
+        listen: &str,
+        data_path: &str,
+        remotes: Vec<String>,
+    ) -> Result<Settings, Status> {
+        let local = self.on.host.addresses().map_err(|error| {
+            Status::internal(format!("listing the addresses of this machine: {error}"))
+        })?;
+        let invalid = |error: address::AddressError| Status::invalid_argument(error.to_string());
+        let advertise = address::advertise(advertise, &local).map_err(invalid)?;
+        let listen = address::listen(listen, &local).map_err(invalid)?;
+        let data_path = if data_path.is_empty() {
+            advertise.ip()
+        } else {
+            address::advertise(data_path, &local).map_err(invalid)?.ip()
+        };
+        if !local.iter().any(|address| address.addr == data_path) && !data_path.is_loopback() {
+            return Err(Status::invalid_argument(format!(
+                "the data path address must be one of this machine's, and {data_path} is not - specify one with --data-path-addr"
+            )));
+        }
+        Ok(Settings::new(advertise, listen, data_path, remotes))
+    }
+
+    fn raft_dir(&self) -> PathBuf {
+        self.on.data_dir.join("raft")
     }
 
     fn agent_dir(&self) -> PathBuf {
-        self.args.data_dir.join("agent")
+        self.on.data_dir.join("agent")
     }
 
     /// Removes everything that makes this node part of a swarm. Images stay.
     fn forget(&self) -> anyhow::Result<()> {
         // The settings first: without them nothing is resumed.
-        Settings::remove(&self.args.data_dir)?;
+        Settings::remove(&self.on.data_dir)?;
         self.key_store().wipe()?;
-        for dir in [self.agent_dir(), self.args.data_dir.join("raft")] {
-            remove_dir(&dir)?;
+        for dir in [self.agent_dir(), self.raft_dir()] {
+            remove_dir(&*self.on.disk, &dir)?;
         }
         Ok(())
     }
 }
 
 /// Removes a directory with what is in it; one that is not there is fine.
-pub fn remove_dir(dir: &std::path::Path) -> anyhow::Result<()> {
-    match std::fs::remove_dir_all(dir) {
+pub fn remove_dir(disk: &dyn Disk, dir: &std::path::Path) -> anyhow::Result<()> {
+    match disk.remove_dir(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("removing {}", dir.display()))
         }
         _ => Ok(()),
     }
-}
-
-fn settings(
-    advertise: &str,
-    listen: &str,
-    data_path: &str,
-    remotes: Vec<String>,
-) -> Result<Settings, Status> {
-    let local = address::local_addresses().map_err(|error| {
-        Status::internal(format!("listing the addresses of this machine: {error}"))
-    })?;
-    let invalid = |error: address::AddressError| Status::invalid_argument(error.to_string());
-    let advertise = address::advertise(advertise, &local).map_err(invalid)?;
-    let listen = address::listen(listen, &local).map_err(invalid)?;
-    let data_path = if data_path.is_empty() {
-        advertise.ip()
-    } else {
-        address::advertise(data_path, &local).map_err(invalid)?.ip()
-    };
-    if !local.iter().any(|address| address.addr == data_path) && !data_path.is_loopback() {
-        return Err(Status::invalid_argument(format!(
-            "the data path address must be one of this machine's, and {data_path} is not - specify one with --data-path-addr"
-        )));
-    }
-    Ok(Settings::new(advertise, listen, data_path, remotes))
 }
 
 /// "host" gets the port of the managers' API.

@@ -158,6 +158,15 @@ impl Dataplane for FakeDataplane {
         Ok(())
     }
 
+    async fn teardown(&self) -> Result<(), NetworkError> {
+        self.begin("teardown".to_owned()).await;
+        self.change(|state| {
+            state.sandboxes.clear();
+            state.networks.clear();
+        });
+        Ok(())
+    }
+
     async fn held_networks(&self) -> BTreeMap<NetworkId, Network> {
         let state = self.state();
         let mut held = BTreeMap::new();

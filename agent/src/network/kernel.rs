@@ -87,23 +87,6 @@ impl KernelDataplane {
         })
     }
 
-    /// Removes everything that was ever made: sandboxes, networks, the gateway bridge, the
-    /// table in the host's namespace, the name server. For `leave`.
-    ///
-    /// # Errors
-    /// The first step that failed; the others are done all the same.
-    pub async fn teardown(&self) -> Result<(), NetworkError> {
-        let reconciled = self.reconcile(Vec::new()).await;
-        self.inner.names.end().await;
-        let gone = self
-            .blocking(|inner| {
-                let host = inner.host.lock();
-                inner.gateway.lock().teardown(&host)
-            })
-            .await;
-        reconciled.and(gone)
-    }
-
     /// Lets go of the name server and ends what runs in this process; everything in the kernel stays
     /// and works on. For a restart or an upgrade of this process.
     pub async fn close(&self) {
@@ -490,6 +473,19 @@ fn remove_leftover(path: &Path) -> Result<(), NetworkError> {
 
 #[async_trait::async_trait]
 impl Dataplane for KernelDataplane {
+    // The first step that failed is the error; the others are done all the same.
+    async fn teardown(&self) -> Result<(), NetworkError> {
+        let reconciled = self.reconcile(Vec::new()).await;
+        self.inner.names.end().await;
+        let gone = self
+            .blocking(|inner| {
+                let host = inner.host.lock();
+                inner.gateway.lock().teardown(&host)
+            })
+            .await;
+        reconciled.and(gone)
+    }
+
     async fn reconcile(&self, sandboxes: Vec<SandboxSpec>) -> Result<(), NetworkError> {
         let plans = sandboxes
             .iter()

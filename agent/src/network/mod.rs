@@ -118,6 +118,9 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Removes it, and each network that it was the last one on.
     async fn remove_sandbox(&self, task: &TaskId) -> Result<(), NetworkError>;
 
+    /// Removes every trace of ours, the gateway bridge too: the node leaves its swarm, and no task is left.
+    async fn teardown(&self) -> Result<(), NetworkError>;
+
     /// For `network ls` on a worker: the gateway bridge, and the networks that exist in the kernel now.
     async fn held_networks(&self) -> BTreeMap<NetworkId, Network>;
 

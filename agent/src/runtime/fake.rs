@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use swarm_proto::TaskId;
-use swarm_proto::v1::{HealthConfig, RegistryAuth};
+use swarm_proto::v1::{HealthConfig, Platform, RegistryAuth};
 use tokio::sync::{mpsc, watch};
 
 use super::{
@@ -180,6 +180,19 @@ fn exited(code: i32) -> ContainerState {
 
 #[async_trait::async_trait]
 impl Runtime for FakeRuntime {
+    async fn resolve(
+        &self,
+        image: &str,
+        _auth: Option<&RegistryAuth>,
+    ) -> Result<(String, Vec<Platform>), RuntimeError> {
+        self.begin(format!("resolve {image}")).await;
+        let image = image.to_owned();
+        if self.state.borrow().missing_images.contains(&image) {
+            return Err(RuntimeError::NoSuchImage { image });
+        }
+        Ok((image, Vec::new()))
+    }
+
     async fn pull(
         &self,
         image: &str,

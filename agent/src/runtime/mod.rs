@@ -29,7 +29,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::Stream;
 use swarm_proto::TaskId;
-use swarm_proto::v1::{ContainerSpec, HealthConfig, RegistryAuth, ResourceRequirements};
+use swarm_proto::v1::{ContainerSpec, HealthConfig, Platform, RegistryAuth, ResourceRequirements};
 
 /// Everything needed to make one container. Its ID is the task's.
 #[derive(Clone, Debug)]
@@ -200,6 +200,14 @@ pub struct ExecSession {
 /// Makes and runs containers.
 #[async_trait::async_trait]
 pub trait Runtime: Send + Sync + 'static {
+    /// What the registry says `image` is now: the reference with its digest ("host/name:tag@sha256:…")
+    /// and the platforms it is made for.
+    async fn resolve(
+        &self,
+        image: &str,
+        auth: Option<&RegistryAuth>,
+    ) -> Result<(String, Vec<Platform>), RuntimeError>;
+
     /// Makes the image present on this node. Returns its config digest.
     async fn pull(&self, image: &str, auth: Option<&RegistryAuth>) -> Result<String, RuntimeError>;
 

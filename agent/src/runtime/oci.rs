@@ -164,16 +164,6 @@ impl OciRuntime {
         })
     }
 
-    /// Asks the registry what `image` is now: the reference with its digest
-    /// ("host/name:tag@sha256:…") and the platforms it is made for.
-    pub async fn resolve(
-        &self,
-        image: &str,
-        auth: Option<&RegistryAuth>,
-    ) -> Result<(String, Vec<Platform>), RuntimeError> {
-        self.puller.resolve(image, auth).await
-    }
-
     fn dir(&self, task: &TaskId) -> PathBuf {
         self.config.root.join("containers").join(task.as_str())
     }
@@ -579,6 +569,14 @@ async fn wait_for_process(process: Process) -> io::Result<()> {
 
 #[async_trait::async_trait]
 impl Runtime for OciRuntime {
+    async fn resolve(
+        &self,
+        image: &str,
+        auth: Option<&RegistryAuth>,
+    ) -> Result<(String, Vec<Platform>), RuntimeError> {
+        self.puller.resolve(image, auth).await
+    }
+
     async fn pull(&self, image: &str, auth: Option<&RegistryAuth>) -> Result<String, RuntimeError> {
         let _images = self.images.read().await;
         Ok(self.puller.pull(image, auth).await?.config)
