@@ -4,6 +4,8 @@
 //! sled's file through a handle of our own. A sled page over 128 KiB becomes a
 //! file in `blobs/` that nothing syncs; keeping values far below that is the
 //! caller's affair. sled reports some damage by a panic, which is caught here.
+//! A crash or a full disk leaves an unfinished snapshot of sled's own tables, which
+//! sled then takes for the newest one: it is removed before sled looks.
 
 use std::fs;
 use std::io;
@@ -138,6 +140,7 @@ fn open_sled(dir: &Path, cache_bytes: u64) -> Result<sled::Db, DatabaseError> {
         .flush_every_ms(None);
     let give_up = Instant::now() + LOCK_PATIENCE;
     loop {
+        forget_unfinished(dir)?;
         match guarded(|| config.open()) {
             Err(DatabaseError::Io(error))
                 if error.kind() == io::ErrorKind::WouldBlock
@@ -151,6 +154,26 @@ fn open_sled(dir: &Path, cache_bytes: u64) -> Result<sled::Db, DatabaseError> {
             result => return result,
         }
     }
+}
+
+/// Removes what sled was writing when it ended, unless another handle still has the database.
+fn forget_unfinished(dir: &Path) -> io::Result<()> {
+    let lock = match fs::File::open(dir.join("db")) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // The same lock as sled's; it is given back before sled takes it.
+    if lock.try_lock().is_err() {
+        return Ok(());
+    }
+    for item in fs::read_dir(dir)? {
+        let path = item?.path();
+        if path.extension().is_some_and(|end| end == "generating") {
+            fs::remove_file(path)?;
+        }
+    }
+    lock.unlock()
 }
 
 struct Sled {
@@ -256,5 +279,35 @@ impl Iterator for SledPairs {
 impl DoubleEndedIterator for SledPairs {
     fn next_back(&mut self) -> Option<Pair> {
         pair(|| self.0.next_back())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::executor::block_on;
+
+    use super::*;
+
+    #[test]
+    fn what_sled_did_not_finish_is_no_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("log");
+        let open = || block_on(SystemDisk.database(&dir, 1 << 20)).unwrap();
+        open()
+            .tree(None)
+            .unwrap()
+            .put(b"key", b"value".to_vec())
+            .unwrap();
+        // What a crash, or a disk without space, leaves behind.
+        let unfinished = dir.join("snap.FFFFFFFFFFFFFFF0.generating");
+        fs::write(&unfinished, b"").unwrap();
+        let database = open();
+        let value = database.tree(None).unwrap().get(b"key").unwrap();
+        assert_eq!(value.as_deref(), Some(&b"value"[..]));
+        assert!(!unfinished.exists());
+        // Not under the feet of one that is at work.
+        fs::write(&unfinished, b"").unwrap();
+        forget_unfinished(&dir).unwrap();
+        assert!(unfinished.exists());
     }
 }
