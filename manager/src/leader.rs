@@ -126,7 +126,14 @@ impl LoopContext {
                 actions,
                 proposed_at: Some(timestamp(self.now())),
                 proposer: self.node_id.as_str().to_owned(),
+                #[cfg(not(feature = "museum"))]
                 term: self.term,
+                #[cfg(feature = "museum")]
+                term: if swarm_proto::museum::on(swarm_proto::museum::Bug::LoopsGoOn) {
+                    0
+                } else {
+                    self.term
+                },
             })
             .await
     }
@@ -352,6 +359,8 @@ async fn watch_leadership(
     cancel: CancellationToken,
 ) {
     let mut leadership = consensus.leadership();
+    #[cfg(feature = "museum")]
+    let mut going_on = Vec::new();
     while !cancel.is_cancelled() {
         let (term, leads) = {
             let now = leadership.borrow_and_update();
@@ -375,6 +384,14 @@ async fn watch_leadership(
             changed = changed => changed.is_err(),
         };
         if let Some(running) = running {
+            #[cfg(feature = "museum")]
+            if swarm_proto::museum::on(swarm_proto::museum::Bug::LoopsGoOn)
+                && !closed
+                && !cancel.is_cancelled()
+            {
+                going_on.push(running);
+                continue;
+            }
             running.stop().await;
         }
         if closed {

@@ -5,6 +5,8 @@
 
 pub mod defaults;
 pub mod id;
+#[cfg(feature = "museum")]
+pub mod museum;
 pub mod names;
 pub mod task_state;
 

@@ -121,6 +121,20 @@ impl Disk {
             .await
             .map_err(|e| DiskError::io("fsync", dir, e))?;
         let recovered = disk.recover()?;
+        #[cfg(feature = "museum")]
+        let recovered = if swarm_proto::museum::on(swarm_proto::museum::Bug::CutToCommitted)
+            && let Some(committed) = recovered.committed
+            && recovered.purged < Some(committed)
+            && recovered.last > Some(committed)
+        {
+            disk.truncate_after(Some(committed.index)).await?;
+            Recovered {
+                last: Some(committed),
+                ..recovered
+            }
+        } else {
+            recovered
+        };
         Ok((disk, recovered))
     }
 

@@ -218,6 +218,10 @@ impl Group {
                 ))),
             },
             Err(status) if not_done(&status) => Err(again(addr, &status)),
+            #[cfg(feature = "museum")]
+            Err(status) if swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedUnknown) => {
+                Err(again(addr, &status))
+            }
             Err(status) => Err(NotThere::Failed(ProposeError::Unknown(format!(
                 "manager {addr}: {}",
                 status.message()
@@ -261,6 +265,10 @@ impl Group {
     }
 
     pub(crate) async fn read(&self) -> Result<Arc<State>, ReadError> {
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::OwnReplicaRead) {
+            return Ok(self.store.state());
+        }
         let attempts = Attempts::new(NO_LEADER_PATIENCE);
         let give_up = attempts.give_up;
         let index = self
@@ -549,6 +557,10 @@ impl Group {
 
     /// Returns once the learner has everything that was in the log when this was called.
     async fn caught_up(&self, id: u64) -> Result<(), MembershipError> {
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::VoterBeforeCaughtUp) {
+            return Ok(());
+        }
         let target = self.leader_metrics()?.last_log_index;
         let mut metrics = self.raft.metrics();
         let wait = async {

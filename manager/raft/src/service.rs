@@ -117,6 +117,14 @@ impl raft_server::Raft for RaftService {
         request: Request<RaftMessage>,
     ) -> Result<Response<RaftMessage>, Status> {
         let rpc: AppendEntriesRequest<TypeConfig> = self.body(request)?;
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::AnsweredUntaken)
+            && !rpc.entries.is_empty()
+            && rand::random_ratio(1, 8)
+        {
+            let taken = openraft::raft::AppendEntriesResponse::<TypeConfig>::Success;
+            return self.answer(Ok::<_, Status>(taken));
+        }
         self.answer(self.group.raft.append_entries(rpc).await)
     }
 

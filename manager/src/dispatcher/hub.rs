@@ -195,7 +195,11 @@ impl Registry {
             } => {
                 let current = self.sessions.get(&node_id);
                 if current.is_some_and(|entry| entry.session_id == session_id) {
-                    self.forget(&node_id);
+                    let _lost = self.forget(&node_id);
+                    #[cfg(feature = "museum")]
+                    if swarm_proto::museum::on(swarm_proto::museum::Bug::SessionLostEndpoints) {
+                        self.delete_endpoints(&node_id, _lost);
+                    }
                 }
             }
         }
@@ -236,6 +240,40 @@ impl Registry {
             // Nobody waits for it any more.
             for network in entry.set.networks() {
                 release(&mut self.holders, network, &node_id);
+            }
+        }
+    }
+
+    /// Has all other sessions delete the endpoints of a node.
+    #[cfg(feature = "museum")]
+    fn delete_endpoints(&mut self, node_id: &NodeId, lost: Option<Entry>) {
+        use swarm_proto::v1::assignment_change::Change as Kind;
+        use swarm_proto::v1::{AssignmentChange, EndpointKey};
+        let networks = lost.iter().flat_map(|entry| entry.set.networks());
+        for network in networks.cloned().collect::<Vec<_>>() {
+            let on_node = self
+                .state
+                .tasks_on_network(&network)
+                .filter(|task| task.node_id == **node_id);
+            let rows: Vec<AssignmentChange> = on_node
+                .map(|task| AssignmentChange {
+                    change: Some(Kind::RemoveEndpoint(EndpointKey {
+                        network_id: network.to_string(),
+                        task_id: task.id.clone(),
+                    })),
+                })
+                .collect();
+            let holders = self.holders.get(&network).cloned().unwrap_or_default();
+            for holder in holders {
+                let Some(revision) = self.sessions.get(&holder).map(|entry| entry.revision) else {
+                    continue;
+                };
+                let update = Update::Incremental {
+                    applies_to: revision,
+                    results_in: revision,
+                    changes: vec![rows.clone().into()],
+                };
+                self.send(&holder, update);
             }
         }
     }
@@ -342,6 +380,10 @@ impl Registry {
             }
         }
         for node_id in &nodes {
+            #[cfg(feature = "museum")]
+            if swarm_proto::museum::on(swarm_proto::museum::Bug::RemovedNodeServed) {
+                continue;
+            }
             if self.state.node(node_id).is_none() {
                 self.end(node_id, removed(node_id));
             }

@@ -108,6 +108,20 @@ impl Worker {
                 acks.extend(report.ack);
                 next = reports.try_recv().ok();
             }
+            #[cfg(feature = "museum")]
+            if swarm_proto::museum::on(swarm_proto::museum::Bug::StatusAckedEarly) {
+                for (queue, sequence) in acks.drain(..) {
+                    let _ = queue.try_send(Update::StatusAck(sequence));
+                }
+                let transaction = Transaction {
+                    actions,
+                    proposed_at: Some(timestamp((self.clock)())),
+                    proposer: self.node_id.to_string(),
+                    term: 0,
+                };
+                let _ = self.consensus.propose(transaction).await;
+                continue;
+            }
             if !self.commit(actions).await {
                 return;
             }

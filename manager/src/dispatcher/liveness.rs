@@ -55,6 +55,26 @@ pub fn heartbeat_period(state: &State) -> Duration {
     period.clamp(Duration::from_millis(50), Duration::from_secs(3600))
 }
 
+/// What silence is measured with.
+#[cfg(not(feature = "museum"))]
+fn now() -> Instant {
+    Instant::now()
+}
+
+#[cfg(feature = "museum")]
+fn now() -> Instant {
+    use std::time::SystemTime;
+    static BEGAN: std::sync::OnceLock<(Instant, SystemTime)> = std::sync::OnceLock::new();
+    let (began, wall) = *BEGAN.get_or_init(|| (Instant::now(), SystemTime::now()));
+    if !swarm_proto::museum::on(swarm_proto::museum::Bug::LeaseByWallClock) {
+        return Instant::now();
+    }
+    match SystemTime::now().duration_since(wall) {
+        Ok(later) => began + later,
+        Err(earlier) => began.checked_sub(earlier.duration()).unwrap_or(began),
+    }
+}
+
 /// How long a silent node counts as alive.
 #[must_use]
 pub fn grace(period: Duration) -> Duration {
@@ -279,7 +299,7 @@ impl Liveness {
 
     /// Takes in a report; false when this manager does not lead.
     fn receive(&self, report: LivenessReport) -> bool {
-        let now = Instant::now();
+        let now = now();
         let mut news = !report.left.is_empty();
         {
             let mut tracker = self.shared.tracker.lock();
@@ -416,7 +436,7 @@ impl Liveness {
         let mut feed = Feed::new(context);
         loop {
             let verdict = match self.shared.tracker.lock().as_mut() {
-                Some(tracker) => tracker.judge(feed.state(), Instant::now()),
+                Some(tracker) => tracker.judge(feed.state(), now()),
                 None => return,
             };
             for observation in &verdict.observations {

@@ -108,6 +108,10 @@ impl<'a> Pass<'a> {
         let (mut clean, mut dirty): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
         let mut stopped_now = Vec::new();
         for &task in tasks.iter().filter(|task| is_wanted(task)) {
+            #[cfg(feature = "museum")]
+            if swarm_proto::museum::on(swarm_proto::museum::Bug::SlotTwice) && !is_live(task) {
+                continue;
+            }
             if !is_live(task) || enforcer::must_leave(self.state, task, &self.constraints) {
                 stopped_now.push(task);
             } else if update::is_dirty(task, self.service) {

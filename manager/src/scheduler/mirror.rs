@@ -544,6 +544,13 @@ fn is_active(task: &Task) -> bool {
 }
 
 fn is_pending(task: &Task) -> bool {
+    #[cfg(feature = "museum")]
+    if swarm_proto::museum::on(swarm_proto::museum::Bug::PlacedTwice)
+        && observed(task) == TaskState::Assigned
+        && is_active(task)
+    {
+        return true;
+    }
     observed(task) == TaskState::Pending && is_active(task)
 }
 

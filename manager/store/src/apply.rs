@@ -62,6 +62,12 @@ impl State {
             events: Vec::with_capacity(transaction.actions.len()),
             freed: BTreeSet::new(),
         };
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::AllocatedInMemory)
+            && transaction.term > self.term
+        {
+            draft.state.ipam.begin_afresh();
+        }
         for (place, action) in transaction.actions.iter().enumerate() {
             draft.act(action).map_err(|rejection| Rejection {
                 action: u32::try_from(place).unwrap_or(u32::MAX),
@@ -159,6 +165,10 @@ impl Draft {
         meta: &Option<Meta>,
         expected: u64,
     ) -> Result<(), Rejection> {
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::VersionUnchecked) {
+            return Ok(());
+        }
         let current = version_of(meta);
         if current == expected {
             return Ok(());
@@ -237,6 +247,21 @@ impl Draft {
         let cluster = cluster.ok_or_else(|| refuse(Code::NotFound, "there is no cluster yet"))?;
         let node = self.state.nodes.get(wanted.node_id.as_str()).cloned();
         let node = node.ok_or_else(|| not_found("node", &wanted.node_id))?;
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::OldRaftId)
+            && let Some(status) = node.manager_status.clone()
+            && status.raft_id != 0
+        {
+            self.put_node(Node {
+                manager_status: Some(ManagerStatus {
+                    addr: wanted.addr.clone(),
+                    ..status
+                }),
+                meta: self.updated_meta(&node.meta),
+                ..(*node).clone()
+            });
+            return Ok(());
+        }
         let raft_id = cluster.next_raft_id.max(1);
         self.put_cluster(Cluster {
             next_raft_id: raft_id + 1,
@@ -525,7 +550,10 @@ impl Draft {
         if new.slot != old.slot {
             return fixed("slot");
         }
-        if new.node_id != old.node_id && !old.node_id.is_empty() {
+        let moves = new.node_id != old.node_id && !old.node_id.is_empty();
+        #[cfg(feature = "museum")]
+        let moves = moves && !swarm_proto::museum::on(swarm_proto::museum::Bug::PlacedTwice);
+        if moves {
             return fixed("node");
         }
         check_state(new.desired_state)?;
@@ -565,6 +593,10 @@ impl Draft {
             || (current == reported.state()
                 && !is_terminal(current)
                 && is_news(old.status.as_ref(), reported));
+        #[cfg(feature = "museum")]
+        let taken = taken
+            || (swarm_proto::museum::on(swarm_proto::museum::Bug::StateGoesBack)
+                && current != reported.state());
         if taken {
             let runs = reported.state() == TaskState::Running;
             self.put_task(Task {
@@ -1168,6 +1200,12 @@ pub(crate) fn state_of(task: &Task) -> TaskState {
 
 /// Whether its addresses are its own: given back when it has ended.
 pub(crate) fn holds_addresses(task: &Task) -> bool {
+    #[cfg(feature = "museum")]
+    if swarm_proto::museum::on(swarm_proto::museum::Bug::ReleasedEarly)
+        && task.desired_state > TaskState::Running as i32
+    {
+        return false;
+    }
     !task.networks.is_empty() && !is_terminal(state_of(task))
 }
 

@@ -139,6 +139,9 @@ impl State {
                     .endpoint
                     .iter()
                     .flat_map(|endpoint| &endpoint.virtual_ips);
+                #[cfg(feature = "museum")]
+                let vips = vips
+                    .filter(|_| !swarm_proto::museum::on(swarm_proto::museum::Bug::RestoreForgets));
                 for vip in vips {
                     if !self.ipam.restore_address(&vip.network_id, &vip.addr) {
                         return Err(damaged_address("service", &service.id, &vip.addr));

@@ -155,6 +155,13 @@ impl Store {
     /// `index` is older than what is remembered.
     pub fn watch_from(&self, index: u64) -> Result<Watch, WatchError> {
         self.recent.lock().after(index)?;
+        #[cfg(feature = "museum")]
+        let index = if swarm_proto::museum::on(swarm_proto::museum::Bug::WatchRepeats) {
+            let forgotten = self.recent.lock().forgotten;
+            index.saturating_sub(1).max(forgotten)
+        } else {
+            index
+        };
         Ok(Watch {
             newest: self.newest.subscribe(),
             recent: self.recent.clone(),

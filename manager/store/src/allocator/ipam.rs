@@ -438,6 +438,19 @@ impl Ipam {
         pools.next().is_some_and(|pool| work(pool, number))
     }
 
+    /// Forgets which addresses are taken.
+    #[cfg(feature = "museum")]
+    pub(crate) fn begin_afresh(&mut self) {
+        let ids: Vec<NetworkId> = self.pools.keys().cloned().collect();
+        for id in ids {
+            for pool in self.pools.get_mut(&id).into_iter().flatten() {
+                // Not the network's own address, nor its gateway, nor the broadcast address.
+                pool.free = FreeRanges::new(pool.first + 2, pool.last - 1);
+                pool.next = pool.first + 2;
+            }
+        }
+    }
+
     /// Where the search in each subnet of each network starts next.
     pub(crate) fn cursors(&self) -> impl Iterator<Item = (&NetworkId, Vec<u32>)> {
         let pools = self.pools.iter();
