@@ -3,7 +3,9 @@
 //! People type unique prefixes of them, so they are not ordered by time.
 
 use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 /// Characters of an identifier.
@@ -19,10 +21,17 @@ pub fn random_id() -> String {
 #[must_use]
 pub fn encode(mut number: u128) -> String {
     const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
+    // Twelve digits at a time: dividing 128 bits is slow.
+    const TWELVE: u128 = 36_u128.pow(12);
     let mut text = [b'0'; ID_LEN];
-    for place in text.iter_mut().rev() {
-        *place = DIGITS[(number % 36) as usize];
-        number /= 36;
+    for places in text.rchunks_mut(12) {
+        #[allow(clippy::cast_possible_truncation)] // below 36^12, which is below 2^63
+        let mut low = (number % TWELVE) as u64;
+        number /= TWELVE;
+        for place in places.iter_mut().rev() {
+            *place = DIGITS[(low % 36) as usize];
+            low /= 36;
+        }
     }
     text.iter().map(|&byte| byte as char).collect()
 }
@@ -36,23 +45,100 @@ pub fn is_id(text: &str) -> bool {
             .all(|b| b.is_ascii_digit() || b.is_ascii_lowercase())
 }
 
+/// Bytes that an identifier may have to be kept in place.
+const SHORT: usize = 30;
+
+/// The text of an identifier. Those that we make are kept in place: the state's maps hold
+/// millions of them, and neither comparing nor copying them should touch other memory.
+#[derive(Clone)]
+enum Text {
+    /// Filled up with zeros.
+    Short(u8, [u8; SHORT]),
+    /// Somebody else's idea of an identifier.
+    Long(Arc<str>),
+}
+
+impl Text {
+    fn as_str(&self) -> &str {
+        match self {
+            // SAFETY: `from` has copied the bytes of a whole `str` of this length.
+            Self::Short(length, bytes) => unsafe {
+                std::str::from_utf8_unchecked(&bytes[..usize::from(*length)])
+            },
+            Self::Long(text) => text,
+        }
+    }
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Self {
+        let mut bytes = [0; SHORT];
+        match (bytes.get_mut(..text.len()), u8::try_from(text.len())) {
+            (Some(place), Ok(length)) => {
+                place.copy_from_slice(text.as_bytes());
+                Self::Short(length, bytes)
+            }
+            _ => Self::Long(text.into()),
+        }
+    }
+}
+
+// All as for the text itself: maps are searched with a `&str`.
+
+impl PartialEq for Text {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Short(length, bytes), Self::Short(other_length, other)) => {
+                length == other_length && bytes == other
+            }
+            _ => self.as_str() == other.as_str(),
+        }
+    }
+}
+
+impl Eq for Text {}
+
+impl PartialOrd for Text {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Text {
+    fn cmp(&self, other: &Self) -> Ordering {
+        match (self, other) {
+            // A text that another begins with has zeros where that goes on.
+            (Self::Short(length, bytes), Self::Short(other_length, other)) => {
+                bytes.cmp(other).then(length.cmp(other_length))
+            }
+            _ => self.as_str().cmp(other.as_str()),
+        }
+    }
+}
+
+impl Hash for Text {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_str().hash(state);
+    }
+}
+
 macro_rules! id_type {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(Arc<str>);
+        pub struct $name(Text);
 
         impl $name {
             /// A new random one. Not for use in `apply`: proposers make identifiers.
             #[must_use]
             pub fn random() -> Self {
-                Self(random_id().into())
+                Self(random_id().as_str().into())
             }
 
             /// The identifier as text.
             #[must_use]
             pub fn as_str(&self) -> &str {
-                &self.0
+                self.0.as_str()
             }
         }
 
@@ -70,7 +156,7 @@ macro_rules! id_type {
 
         impl From<String> for $name {
             fn from(text: String) -> Self {
-                Self(text.into())
+                Self(text.as_str().into())
             }
         }
 
@@ -82,32 +168,32 @@ macro_rules! id_type {
 
         impl Borrow<str> for $name {
             fn borrow(&self) -> &str {
-                &self.0
+                self.as_str()
             }
         }
 
         impl AsRef<str> for $name {
             fn as_ref(&self) -> &str {
-                &self.0
+                self.as_str()
             }
         }
 
         impl std::ops::Deref for $name {
             type Target = str;
             fn deref(&self) -> &str {
-                &self.0
+                self.as_str()
             }
         }
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
+                f.write_str(self.as_str())
             }
         }
 
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
+                f.write_str(self.as_str())
             }
         }
     };
@@ -150,5 +236,19 @@ mod tests {
             assert!(is_id(&random_id()));
         }
         assert!(!is_id("web"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn identifiers_compare_and_hash_as_their_texts(
+            left in "[ab\\x00é]{0,34}", right in "[ab\\x00é]{0,34}",
+        ) {
+            let (a, b) = (TaskId::from(&left), TaskId::from(&right));
+            proptest::prop_assert_eq!(a.as_str(), &left);
+            proptest::prop_assert_eq!(a.cmp(&b), left.cmp(&right));
+            proptest::prop_assert_eq!(a == b, left == right);
+            let map = std::collections::HashMap::from([(a, 1)]);
+            proptest::prop_assert_eq!(map.get(left.as_str()), Some(&1));
+        }
     }
 }
