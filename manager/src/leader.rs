@@ -14,7 +14,7 @@ use futures::{FutureExt, StreamExt};
 use prost::Message;
 use swarm_proto::NodeId;
 use swarm_proto::defaults::TRANSACTION_MAX;
-use swarm_proto::v1::{StoreAction, Transaction, rejection};
+use swarm_proto::v1::{StoreAction, Transaction, rejection, store_action};
 use swarm_store::store::Change;
 use swarm_store::{Consensus, ProposeError, State, Watch, WatchError};
 use tokio::task::{JoinHandle, JoinSet};
@@ -23,8 +23,8 @@ use tracing::Instrument;
 
 use crate::clock::{Clock, timestamp};
 
-/// No transaction of a loop has more actions.
-pub const ACTIONS_MAX: usize = 200;
+/// No transaction of a loop changes more objects: while it is applied, nothing else is.
+pub const ACTIONS_MAX: usize = 2000;
 /// Transactions of one pass that are on their way at the same time.
 const IN_FLIGHT: usize = 8;
 /// A loop that panicked starts again after this long.
@@ -294,6 +294,15 @@ impl Feed {
     }
 }
 
+/// How many objects an action changes.
+pub(crate) fn weight(action: &StoreAction) -> usize {
+    match &action.action {
+        Some(store_action::Action::AssignTasks(decided)) => decided.assignments.len().max(1),
+        Some(store_action::Action::CreateTasks(wanted)) => wanted.tasks.len().max(1),
+        _ => 1,
+    }
+}
+
 /// Cuts groups into batches under both limits.
 fn pack(groups: Vec<Group>) -> Vec<Vec<Group>> {
     // Room for the transaction's own fields.
@@ -302,7 +311,8 @@ fn pack(groups: Vec<Group>) -> Vec<Vec<Group>> {
     let (mut count, mut size) = (0, 0);
     for group in groups {
         let group_size: usize = group.iter().map(|action| action.encoded_len() + 8).sum();
-        let fits = count + group.len() <= ACTIONS_MAX && size + group_size <= SIZE_MAX;
+        let group_weight: usize = group.iter().map(weight).sum();
+        let fits = count + group_weight <= ACTIONS_MAX && size + group_size <= SIZE_MAX;
         match batches.last_mut() {
             Some(batch) if fits => batch.push(group),
             _ => {
@@ -310,10 +320,8 @@ fn pack(groups: Vec<Group>) -> Vec<Vec<Group>> {
                 batches.push(vec![group]);
             }
         }
-        if let Some(last) = batches.last().and_then(|batch| batch.last()) {
-            count += last.len();
-            size += group_size;
-        }
+        count += group_weight;
+        size += group_size;
     }
     batches
 }

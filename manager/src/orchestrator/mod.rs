@@ -71,6 +71,7 @@ pub fn decide(state: &State, service_id: &str, now: Duration, ids: Ids<'_>) -> D
                 }
                 None => replicated::decide(&mut pass, 1),
             };
+            pass.create_new();
             update::decide(&mut pass, &slots);
         }
     }

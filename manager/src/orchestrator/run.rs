@@ -7,17 +7,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use swarm_proto::task_state::is_terminal;
-use swarm_proto::v1::{Node, Task, TaskState, service_mode};
+use swarm_proto::v1::{
+    Node, NodeAvailability, Service, Task, TaskState, UpdateState, service_mode,
+};
 use swarm_proto::{ServiceId, TaskId};
 use swarm_store::store::Change;
 use swarm_store::{Event, State};
 
 use super::decide;
-use super::view::{is_good, state_of};
-use crate::leader::{Fed, Feed, Group, LoopContext};
+use super::view::{availability, is_good, is_lost, state_of};
+use crate::leader::{Fed, Feed, Group, LoopContext, weight};
 
-/// Once a pass has decided this many groups, it proposes them before it goes on.
-const GROUPS_MAX: usize = 2048;
+/// Once a pass has decided so many changes, it proposes them before it goes on.
+const CHANGES_MAX: usize = 10_000;
 /// Services that are looked at before others of this thread get a turn.
 const SERVICES_MAX: usize = 256;
 
@@ -82,12 +84,14 @@ impl Agenda {
         }
         let state = context.consensus.store().state();
         let mut groups = Vec::new();
+        let mut changes = 0;
         let mut looks = 0..SERVICES_MAX;
-        while groups.len() < GROUPS_MAX
+        while changes < CHANGES_MAX
             && looks.next().is_some()
             && let Some(service) = self.dirty.pop_first()
         {
             let decision = decide(&state, &service, now, &mut TaskId::random);
+            changes += decision.groups.iter().flatten().map(weight).sum::<usize>();
             groups.extend(decision.groups);
             self.set_timer(service, decision.wake_at);
         }
@@ -128,6 +132,7 @@ impl Agenda {
                 Event::Task { old, new } => {
                     if let Some(task) = new.as_ref().or(old.as_ref())
                         && task_differs(old.as_deref(), new.as_deref())
+                        && !goes_as_wanted(&change.state, old.as_deref(), new.as_deref())
                     {
                         self.dirty.insert(ServiceId::from(&task.service_id));
                     }
@@ -182,6 +187,38 @@ fn task_differs(old: Option<&Task>, new: Option<&Task>) -> bool {
         (task.desired_state, milestone, is_good(task))
     };
     seen(old) != seen(new)
+}
+
+/// Whether all there is to see is that a task of the newest spec comes forward, on a node where
+/// it may stay, while no update waits for it: then there is nothing to decide. A large service
+/// would be looked at from end to end for each of its tasks that starts.
+fn goes_as_wanted(state: &State, old: Option<&Task>, new: Option<&Task>) -> bool {
+    let (Some(old), Some(new)) = (old, new) else {
+        return false;
+    };
+    let Some(service) = state.service(&new.service_id) else {
+        return false;
+    };
+    let comes_forward = old.desired_state == new.desired_state
+        && new.desired_state() == TaskState::Running
+        && !is_terminal(state_of(new))
+        && (is_good(new) || !is_good(old));
+    let updating = service.update_status.as_ref().is_some_and(|status| {
+        status.spec_version == service.spec_version && status.state() != UpdateState::Completed
+    });
+    comes_forward
+        && !updating
+        && new.spec_version == service.spec_version
+        && !is_constrained(service)
+        && state
+            .node(&new.node_id)
+            .is_some_and(|node| !is_lost(node) && availability(node) == NodeAvailability::Active)
+}
+
+fn is_constrained(service: &Service) -> bool {
+    let task = service.spec.as_ref().and_then(|spec| spec.task.as_ref());
+    let placement = task.and_then(|task| task.placement.as_ref());
+    placement.is_some_and(|placement| !placement.constraints.is_empty())
 }
 
 /// Whether what decides over the tasks of a node has changed.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use swarm_proto::v1::{
-    RestartPolicy, Service, StoreAction, Task, TaskSpec, TaskState, UpdateOrder,
+    CreateTasks, NewTask, RestartPolicy, Service, StoreAction, Task, TaskSpec, TaskState,
+    UpdateOrder, store_action,
 };
 use swarm_store::State;
 
@@ -16,6 +17,9 @@ use super::{Decision, Ids, enforcer, update};
 use crate::clock::{since_epoch, timestamp};
 use crate::leader::Group;
 use crate::scheduler::constraint::Constraint;
+
+/// New tasks that one action creates: all or none.
+const CREATE_TOGETHER: usize = 500;
 
 /// Where a task belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +39,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) order: UpdateOrder,
     policy: RestartPolicy,
     ids: Ids<'a>,
+    /// First tasks of slots, which differ in nothing else; see [`Pass::create_new`].
+    new: Vec<NewTask>,
     pub(crate) decision: &'a mut Decision,
 }
 
@@ -74,15 +80,42 @@ impl<'a> Pass<'a> {
             order: update::config(service).order(),
             policy: restart::policy(service),
             ids,
+            new: Vec::new(),
             decision,
+        }
+    }
+
+    /// Puts the first tasks of slots into the decision.
+    pub(crate) fn create_new(&mut self) {
+        let mut new = std::mem::take(&mut self.new).into_iter();
+        loop {
+            let tasks: Vec<_> = new.by_ref().take(CREATE_TOGETHER).collect();
+            if tasks.is_empty() {
+                return;
+            }
+            let template = self.task(Place::Number(0), String::new(), 0, None, TaskState::Running);
+            self.decision.push(vec![StoreAction {
+                action: Some(store_action::Action::CreateTasks(CreateTasks {
+                    template: Some(template),
+                    tasks,
+                })),
+            }]);
         }
     }
 
     /// The first task of an empty slot.
     pub(crate) fn fill(&mut self, place: Place<'a>, tasks: Vec<&'a Arc<Task>>) -> Slot<'a> {
         let waits = tasks.iter().any(|task| occupies(self.state, task));
-        let action = self.make(place, 0, None, waits);
-        self.decision.push(vec![action]);
+        match place {
+            Place::Number(slot) if !waits => {
+                let id = (self.ids)().into();
+                self.new.push(NewTask { id, slot });
+            }
+            Place::Number(_) | Place::Node(_) => {
+                let action = self.make(place, 0, None, waits);
+                self.decision.push(vec![action]);
+            }
+        }
         Slot {
             place,
             tasks,
@@ -247,13 +280,25 @@ impl<'a> Pass<'a> {
         } else {
             TaskState::Running
         };
+        let id = (self.ids)().into();
+        create(self.task(place, id, restarts, not_before, desired))
+    }
+
+    fn task(
+        &self,
+        place: Place<'_>,
+        id: String,
+        restarts: u32,
+        not_before: Option<Duration>,
+        desired: TaskState,
+    ) -> Task {
         let (slot, node_id) = match place {
             Place::Number(number) => (number, String::new()),
             Place::Node(id) => (0, id.to_owned()),
         };
         let spec = self.service.spec.as_ref();
-        create(Task {
-            id: (self.ids)().into(),
+        Task {
+            id,
             spec: spec
                 .and_then(|spec| spec.task.clone())
                 .or(Some(TaskSpec::default())),
@@ -266,7 +311,7 @@ impl<'a> Pass<'a> {
             not_before: not_before.map(timestamp),
             restarts,
             ..Task::default()
-        })
+        }
     }
 }
 

@@ -207,7 +207,8 @@ pub(crate) fn label(key: &str, prefix: &str) -> Option<String> {
 }
 
 fn same(left: &str, right: &str) -> bool {
-    left.eq_ignore_ascii_case(right) || left.to_lowercase() == right.to_lowercase()
+    left.eq_ignore_ascii_case(right)
+        || (!(left.is_ascii() && right.is_ascii()) && left.to_lowercase() == right.to_lowercase())
 }
 
 fn holds(labels: &BTreeMap<String, String>, name: &str, value: &str) -> bool {

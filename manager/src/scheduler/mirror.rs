@@ -1,12 +1,13 @@
 //! The scheduler's own view of nodes and tasks, and its decisions.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::{
-    Node, Object, Reason, StoreAction, Task, TaskState, TaskStatus, object, store_action,
+    AssignTasks, Node, Object, Reason, StoreAction, Task, TaskAssignment, TaskState, TaskStatus,
+    object, store_action,
 };
 use swarm_proto::{NodeId, ServiceId, TaskId};
 use swarm_store::store::Change;
@@ -18,6 +19,9 @@ use super::spread::{Candidate, Tree};
 use crate::clock::{since_epoch, timestamp};
 use crate::leader::Group;
 
+/// Keys are identifiers that managers have made at random, or places in a list.
+type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+
 /// Failures of a service's tasks on a node within [`FAILURES_WITHIN`] that make it the last choice.
 const FAILURES_MAX: u32 = 5;
 /// How long a failure counts.
@@ -26,6 +30,8 @@ const FAILURES_WITHIN: Duration = Duration::from_secs(5 * 60);
 const FAILURES_KEPT: usize = 4096;
 /// Tasks that are decided on in one pass; the rest follow in the next.
 const PASS_MAX: usize = 10_000;
+/// Tasks that one action assigns.
+const ASSIGN_MAX: usize = 500;
 /// Code of the reason of a task that no node takes.
 pub(crate) const NO_SUITABLE_NODE: &str = "no-suitable-node";
 
@@ -82,9 +88,20 @@ struct ServiceInfo {
 /// Tasks that ask for the same: service and version of its spec.
 type GroupKey = (ServiceId, u64);
 
+/// What a task is to the scheduler.
+#[derive(Debug)]
+enum Known {
+    /// Waits in its group, as it was seen last.
+    Waiting(Arc<Task>),
+    Holding(Holding),
+}
+
 #[derive(Debug, Default)]
 struct Waiting {
-    tasks: BTreeSet<TaskId>,
+    /// In the order of arrival. One that is not (any more) known to wait just so counts for nothing.
+    queue: VecDeque<Arc<Task>>,
+    /// How many count.
+    live: usize,
     /// Something has changed since they were tried.
     fresh: bool,
 }
@@ -95,10 +112,38 @@ pub struct Scheduler {
     nodes: Vec<NodeInfo>,
     by_id: HashMap<NodeId, u32>,
     services: HashMap<ServiceId, ServiceInfo>,
-    holdings: HashMap<TaskId, Holding>,
+    tasks: HashMap<TaskId, Known>,
     waiting: BTreeMap<GroupKey, Waiting>,
     /// A node has changed or has more room: whoever waits is tried again.
     try_all: bool,
+}
+
+/// What a pass has decided so far.
+#[derive(Default)]
+struct Pass {
+    assignments: Vec<TaskAssignment>,
+    groups: Vec<Group>,
+}
+
+impl Pass {
+    fn is_full(&self) -> bool {
+        self.assignments.len() + self.groups.len() >= PASS_MAX
+    }
+
+    fn finish(mut self) -> Vec<Group> {
+        let mut rest = self.assignments.into_iter();
+        loop {
+            let assignments: Vec<_> = rest.by_ref().take(ASSIGN_MAX).collect();
+            if assignments.is_empty() {
+                return self.groups;
+            }
+            self.groups.push(vec![StoreAction {
+                action: Some(store_action::Action::AssignTasks(AssignTasks {
+                    assignments,
+                })),
+            }]);
+        }
+    }
 }
 
 impl Scheduler {
@@ -136,7 +181,7 @@ impl Scheduler {
                         self.node_changed(id, new.as_ref());
                     }
                 }
-                Event::Task { old, new } => self.task_changed(old.as_deref(), new.as_deref()),
+                Event::Task { old, new } => self.task_changed(old.as_ref(), new.as_ref()),
                 Event::Cluster { .. } | Event::Service { .. } | Event::Network { .. } => {}
             }
         }
@@ -169,16 +214,21 @@ impl Scheduler {
         self.try_all = true;
     }
 
-    fn task_changed(&mut self, old: Option<&Task>, new: Option<&Task>) {
+    fn task_changed(&mut self, old: Option<&Arc<Task>>, new: Option<&Arc<Task>>) {
         let Some(task) = new.or(old) else { return };
         // Most changes are progress of a task that holds what it held: also the echo of our own decisions.
         if new.is_some_and(|new| self.holds_the_same(new)) {
             return;
         }
-        let id = TaskId::from(&task.id);
-        self.release(&id);
-        self.set_waiting(&id, task, new.is_some_and(is_pending));
+        match self.tasks.remove(task.id.as_str()) {
+            Some(Known::Holding(held)) => self.release(&held),
+            Some(Known::Waiting(seen)) => self.waits_no_more(&seen),
+            None => {}
+        }
         let Some(task) = new else { return };
+        if is_pending(task) {
+            self.wait(task.clone());
+        }
         if task.node_id.is_empty() {
             return;
         }
@@ -189,66 +239,75 @@ impl Scheduler {
                 self.note_failure(task);
             }
         } else if state >= TaskState::Assigned {
-            self.hold(id, task);
+            let node = self.index(&task.node_id);
+            let (cpus, memory) = reserved(task);
+            let holding = Holding {
+                service: ServiceId::from(&task.service_id),
+                node,
+                cpus,
+                memory,
+                ports: host_ports(task).collect(),
+                active: is_active(task),
+            };
+            self.hold(TaskId::from(&task.id), holding);
         }
     }
 
     fn holds_the_same(&self, task: &Task) -> bool {
-        let held = self.holdings.get(task.id.as_str());
-        held.is_some_and(|held| {
-            held.active == is_active(task)
-                && self.by_id.get(task.node_id.as_str()) == Some(&held.node)
-                && observed(task) >= TaskState::Assigned
-                && !is_terminal(observed(task))
-        })
-    }
-
-    /// Whether the task waits for a node. A group that gains a task is tried again.
-    fn set_waiting(&mut self, id: &TaskId, task: &Task, waits: bool) {
-        let key = group_key(task);
-        if waits {
-            let waiting = self.waiting.entry(key).or_default();
-            waiting.fresh |= waiting.tasks.insert(id.clone());
-        } else if let Some(waiting) = self.waiting.get_mut(&key)
-            && waiting.tasks.remove(id)
-            && waiting.tasks.is_empty()
-        {
-            self.waiting.remove(&key);
-        }
-    }
-
-    fn hold(&mut self, id: TaskId, task: &Task) {
-        let node = self.index(&task.node_id);
-        let (cpus, memory) = reserved(task);
-        let ports: Box<[HostPort]> = host_ports(task).collect();
-        let active = is_active(task);
-        let service = ServiceId::from(&task.service_id);
-        let info = &mut self.nodes[node as usize];
-        info.cpus_free -= cpus;
-        info.memory_free -= memory;
-        for port in &ports {
-            *info.ports.entry(*port).or_default() += 1;
-        }
-        if active {
-            info.active += 1;
-            let of_service = self.services.entry(service.clone()).or_default();
-            *of_service.active.entry(node).or_default() += 1;
-        }
-        let holding = Holding {
-            service,
-            node,
-            cpus,
-            memory,
-            ports,
-            active,
+        let Some(Known::Holding(held)) = self.tasks.get(task.id.as_str()) else {
+            return false;
         };
-        self.holdings.insert(id, holding);
+        let node = self.nodes[held.node as usize].node.as_ref();
+        held.active == is_active(task)
+            && (node.is_some_and(|node| node.id == task.node_id)
+                || self.by_id.get(task.node_id.as_str()) == Some(&held.node))
+            && observed(task) >= TaskState::Assigned
+            && !is_terminal(observed(task))
     }
 
-    fn release(&mut self, id: &TaskId) {
-        let Some(held) = self.holdings.remove(id) else {
+    /// The task waits for a node. A group that gains a task is tried again.
+    fn wait(&mut self, task: Arc<Task>) {
+        let waiting = self.waiting.entry(group_key(&task)).or_default();
+        waiting.fresh = true;
+        waiting.live += 1;
+        waiting.queue.push_back(task.clone());
+        self.tasks
+            .insert(TaskId::from(&task.id), Known::Waiting(task));
+    }
+
+    fn waits_no_more(&mut self, task: &Task) {
+        let key = group_key(task);
+        let Some(waiting) = self.waiting.get_mut(&key) else {
             return;
         };
+        waiting.live -= 1;
+        if waiting.live == 0 {
+            self.waiting.remove(&key);
+        } else if waiting.queue.len() > 2 * waiting.live + 64 {
+            let tasks = &self.tasks;
+            waiting.queue.retain(|queued| waits(tasks, queued));
+        }
+    }
+
+    fn hold(&mut self, id: TaskId, holding: Holding) {
+        let info = &mut self.nodes[holding.node as usize];
+        info.cpus_free -= holding.cpus;
+        info.memory_free -= holding.memory;
+        for port in &holding.ports {
+            *info.ports.entry(*port).or_default() += 1;
+        }
+        if holding.active {
+            info.active += 1;
+            let of_service = match self.services.get_mut(&holding.service) {
+                Some(known) => known,
+                None => self.services.entry(holding.service.clone()).or_default(),
+            };
+            *of_service.active.entry(holding.node).or_default() += 1;
+        }
+        self.tasks.insert(id, Known::Holding(holding));
+    }
+
+    fn release(&mut self, held: &Holding) {
         let info = &mut self.nodes[held.node as usize];
         info.cpus_free += held.cpus;
         info.memory_free += held.memory;
@@ -302,71 +361,91 @@ impl Scheduler {
                 keys.push(key.clone());
             }
         }
-        let mut groups = Vec::new();
+        let mut pass = Pass::default();
         for key in keys {
-            if groups.len() >= PASS_MAX {
+            if pass.is_full() {
                 if let Some(waiting) = self.waiting.get_mut(&key) {
                     waiting.fresh = true;
                 }
                 continue;
             }
-            self.decide_group(&key, state, now, &mut groups);
+            self.decide_group(&key, state, now, &mut pass);
         }
-        groups
+        pass.finish()
     }
 
-    fn decide_group(&mut self, key: &GroupKey, state: &State, now: Duration, out: &mut Vec<Group>) {
-        let Some(waiting) = self.waiting.get(key) else {
+    fn decide_group(&mut self, key: &GroupKey, state: &State, now: Duration, pass: &mut Pass) {
+        let Some(waiting) = self.waiting.get_mut(key) else {
             return;
         };
         let mut free = Vec::new();
         let mut bound = Vec::new();
-        for id in &waiting.tasks {
-            if free.len() >= PASS_MAX {
-                break;
-            }
-            match state.task(id) {
-                Some(task) if task.node_id.is_empty() => free.push(task),
-                Some(task) => bound.push(task),
-                None => {}
+        while free.len() < PASS_MAX
+            && let Some(task) = waiting.queue.pop_front()
+        {
+            match waits(&self.tasks, &task) {
+                true if task.node_id.is_empty() => free.push(task),
+                true => bound.push(task),
+                false => {}
             }
         }
-        let more = free.len() + bound.len() < waiting.tasks.len();
+        let more = !waiting.queue.is_empty();
         let Some(wish) = free.first().or(bound.first()).map(|task| Wish::of(task)) else {
             return;
         };
+        let mut unplaced = Vec::new();
+        let mut placed_bound = 0;
         for task in bound {
             let node = self.index(&task.node_id);
             let of_service = self.services.get(&key.0);
             let of_service = of_service.and_then(|info| info.active.get(&node)).copied();
             match wish.room(&self.nodes[node as usize], of_service.unwrap_or(0)) {
                 Ok(_) if wish.invalid.is_none() => {
-                    self.assign(state, task, node, now, out);
+                    self.assign(key, &wish, state, &task, node, pass);
+                    placed_bound += 1;
+                    continue;
                 }
-                Ok(_) => explain_to(task, explain::sentence(&wish, &Tally::new()), now, out),
+                Ok(_) => {
+                    let sentence = explain::sentence(&wish, &Tally::new());
+                    explain_to(&task, sentence, now, &mut pass.groups);
+                }
                 Err(obstacle) => {
                     let tally = Tally::from([(obstacle, 1)]);
-                    explain_to(task, explain::sentence(&wish, &tally), now, out);
+                    let sentence = explain::sentence(&wish, &tally);
+                    explain_to(&task, sentence, now, &mut pass.groups);
                 }
             }
+            unplaced.push(task);
         }
-        if free.is_empty() {
-            return;
-        }
-        let chosen = self.choose(&key.0, &wish, free.len(), now);
+        let chosen = match free.is_empty() {
+            true => Vec::new(),
+            false => self.choose(&key.0, &wish, free.len(), now),
+        };
         let placed = chosen.len();
         for (task, node) in free.iter().zip(chosen) {
-            self.assign(state, task, node, now, out);
+            self.assign(key, &wish, state, task, node, pass);
         }
         if placed < free.len() {
             // Explained after placing: what is full now is an obstacle.
             let tally = self.tally(&key.0, &wish);
             let sentence = explain::sentence(&wish, &tally);
             for task in &free[placed..] {
-                explain_to(task, sentence.clone(), now, out);
+                explain_to(task, sentence.clone(), now, &mut pass.groups);
             }
-        } else if more && let Some(waiting) = self.waiting.get_mut(key) {
-            waiting.fresh = true;
+        }
+        let full = placed < free.len();
+        unplaced.extend(free.drain(placed..));
+        let Some(waiting) = self.waiting.get_mut(key) else {
+            return;
+        };
+        waiting.live -= placed + placed_bound;
+        if waiting.live == 0 {
+            self.waiting.remove(key);
+            return;
+        }
+        waiting.fresh |= more && !full;
+        for task in unplaced.into_iter().rev() {
+            waiting.queue.push_front(task);
         }
     }
 
@@ -445,34 +524,41 @@ impl Scheduler {
         tally
     }
 
+    /// Counts at once, so that the next task sees it. Taking it off the group's count is the caller's.
     fn assign(
         &mut self,
+        key: &GroupKey,
+        wish: &Wish,
         state: &State,
-        task: &Task,
+        task: &Arc<Task>,
         node: u32,
-        now: Duration,
-        out: &mut Vec<Group>,
+        pass: &mut Pass,
     ) {
-        let Some(node) = self.nodes[node as usize].node.as_ref() else {
+        let Some(chosen) = self.nodes[node as usize].node.as_ref() else {
             return;
         };
         debug_assert!(
-            state.node(&node.id).is_some(),
+            state.node(&chosen.id).is_some(),
             "the mirror follows the state"
         );
-        let assigned = Task {
-            node_id: node.id.clone(),
-            status: Some(TaskStatus {
-                state: TaskState::Assigned.into(),
-                timestamp: Some(timestamp(now)),
-                message: "scheduler assigned task to node".to_owned(),
-                ..TaskStatus::default()
-            }),
-            ..task.clone()
+        let version = task.meta.as_ref().and_then(|meta| meta.version);
+        pass.assignments.push(TaskAssignment {
+            task_id: task.id.clone(),
+            expected_version: version.map_or(0, |version| version.index),
+            node_id: chosen.id.clone(),
+        });
+        let holding = Holding {
+            service: match task.service_id.is_empty() {
+                true => ServiceId::from(""),
+                false => key.0.clone(),
+            },
+            node,
+            cpus: wish.cpus,
+            memory: wish.memory,
+            ports: host_ports(task).collect(),
+            active: is_active(task),
         };
-        // Counts at once, so that the next task sees it.
-        self.task_changed(Some(task), Some(&assigned));
-        out.push(vec![update_task(assigned)]);
+        self.hold(TaskId::from(&task.id), holding);
     }
 }
 
@@ -530,6 +616,14 @@ fn update_task(task: Task) -> StoreAction {
         action: Some(store_action::Action::Update(Object {
             object: Some(object::Object::Task(task)),
         })),
+    }
+}
+
+/// Whether the task waits just as it was queued.
+fn waits(tasks: &HashMap<TaskId, Known>, queued: &Arc<Task>) -> bool {
+    match tasks.get(queued.id.as_str()) {
+        Some(Known::Waiting(seen)) => Arc::ptr_eq(seen, queued),
+        Some(Known::Holding(_)) | None => false,
     }
 }
 

@@ -25,12 +25,21 @@ pub(crate) async fn run(context: LoopContext) {
                 scheduler = Scheduler::new(feed.state());
                 continue;
             }
-            // What was refused has changed meanwhile: the change is on its way here.
+            // What was refused has changed meanwhile: the change is on its way here. So it is
+            // for an assignment that apply has left out.
             for action in refused.into_iter().flatten() {
-                if let Some(store_action::Action::Update(object)) = action.action
-                    && let Some(object::Object::Task(task)) = object.object
-                {
-                    scheduler.take_back(feed.state(), &task.id);
+                match action.action {
+                    Some(store_action::Action::AssignTasks(decided)) => {
+                        for assignment in decided.assignments {
+                            scheduler.take_back(feed.state(), &assignment.task_id);
+                        }
+                    }
+                    Some(store_action::Action::Update(object)) => {
+                        if let Some(object::Object::Task(task)) = object.object {
+                            scheduler.take_back(feed.state(), &task.id);
+                        }
+                    }
+                    _ => {}
                 }
             }
         }

@@ -12,10 +12,11 @@ use prost_types::Timestamp;
 use swarm_proto::task_state::{is_terminal, may_advance};
 use swarm_proto::v1::rejection::Code;
 use swarm_proto::v1::{
-    AllocateRaftId, Annotations, Cluster, Endpoint, EndpointMode, ManagerStatus, Meta, Network,
-    NetworkAttachment, Node, NodeObservation, NodeState, Object, ObjectKind, Reason, RemoveObject,
-    Service, ServiceSpec, StoreAction, Task, TaskState, TaskStatus, TaskStatusUpdate, Transaction,
-    Version, VirtualIp, object, service_mode, store_action,
+    AllocateRaftId, Annotations, AssignTasks, Cluster, CreateTasks, Endpoint, EndpointMode,
+    ManagerStatus, Meta, Network, NetworkAttachment, Node, NodeObservation, NodeState, Object,
+    ObjectKind, Reason, RemoveObject, Service, ServiceSpec, StoreAction, Task, TaskAssignment,
+    TaskState, TaskStatus, TaskStatusUpdate, Transaction, Version, VirtualIp, object, service_mode,
+    store_action,
 };
 use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
 
@@ -110,6 +111,11 @@ impl Draft {
             Some(Action::TaskStatus(update)) => self.merge_status(update),
             Some(Action::NodeObservation(observation)) => self.observe(observation),
             Some(Action::AllocateRaftId(wanted)) => self.allocate_raft_id(wanted),
+            Some(Action::AssignTasks(decided)) => {
+                self.assign_tasks(decided);
+                Ok(())
+            }
+            Some(Action::CreateTasks(wanted)) => self.create_tasks(wanted),
             None => Err(refuse(
                 Code::Invalid,
                 "the action is empty or of a kind that this version does not know",
@@ -533,6 +539,56 @@ impl Draft {
         Ok(())
     }
 
+    fn create_tasks(&mut self, wanted: &CreateTasks) -> Result<(), Rejection> {
+        let template = wanted.template.as_ref();
+        let template = template
+            .ok_or_else(|| refuse(Code::Invalid, "the template of the tasks is missing"))?;
+        for task in &wanted.tasks {
+            self.create_task(Task {
+                id: task.id.clone(),
+                slot: task.slot,
+                ..template.clone()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Each on its own: one task that has changed meanwhile must not hold up the others.
+    fn assign_tasks(&mut self, decided: &AssignTasks) {
+        for assignment in &decided.assignments {
+            self.assign_task(assignment);
+        }
+    }
+
+    fn assign_task(&mut self, decided: &TaskAssignment) {
+        let Some(old) = self.state.tasks.get(decided.task_id.as_str()).cloned() else {
+            return;
+        };
+        let as_seen = self
+            .check_version(
+                ObjectKind::Task,
+                &old.id,
+                &old.meta,
+                decided.expected_version,
+            )
+            .is_ok();
+        let free = old.node_id.is_empty() || old.node_id == decided.node_id;
+        if !as_seen || !free || state_of(&old) != TaskState::Pending || decided.node_id.is_empty() {
+            return;
+        }
+        self.put_task(Task {
+            node_id: decided.node_id.clone(),
+            status: Some(TaskStatus {
+                state: TaskState::Assigned.into(),
+                timestamp: self.at,
+                message: "scheduler assigned task to node".to_owned(),
+                ..TaskStatus::default()
+            }),
+            meta: self.updated_meta(&old.meta),
+            ..(*old).clone()
+        });
+    }
+
     fn update_task(&mut self, mut new: Task) -> Result<(), Rejection> {
         let old = self.state.tasks.get(new.id.as_str()).cloned();
         let old = old.ok_or_else(|| not_found("task", &new.id))?;
@@ -629,18 +685,14 @@ impl Draft {
     fn put_task(&mut self, new: Task) {
         let new = Arc::new(new);
         let id = TaskId::from(&new.id);
-        match self.state.tasks.get(&id).cloned() {
-            Some(old) => {
-                if !wants_addresses(&new) {
-                    let waiter = Waiter::Task(id.clone());
-                    self.state.ipam.stop_waiting(&waiter);
-                }
-                self.unindex_task(&old, Some(&new));
-                self.state.index_task(&id, &new, Some(&old));
+        let old = self.state.tasks.insert(id.clone(), new.clone());
+        if let Some(old) = &old {
+            if !wants_addresses(&new) {
+                self.state.ipam.stop_waiting(&Waiter::Task(id.clone()));
             }
-            None => self.state.index_task(&id, &new, None),
+            self.unindex_task(old, Some(&new));
         }
-        let old = self.state.tasks.insert(id, new.clone());
+        self.state.index_task(&id, &new, old.as_deref());
         self.events.push(Event::Task {
             old,
             new: Some(new),
@@ -825,9 +877,9 @@ impl Draft {
     /// Gives the task an address on each of its networks and makes it PENDING,
     /// or changes nothing.
     fn allocate_task(&mut self, task: &mut Task, late: bool) -> Result<(), Exhausted> {
-        let before = self.state.ipam.clone();
         let mut attachments = Vec::new();
-        let wanted = task.spec.iter().flat_map(|spec| &spec.networks);
+        let wanted = task.spec.as_ref().map_or(&[][..], |spec| &spec.networks);
+        let before = (!wanted.is_empty()).then(|| self.state.ipam.clone());
         for wanted in wanted {
             match self.state.ipam.take_address(&wanted.target, late) {
                 Ok(address) => attachments.push(NetworkAttachment {
@@ -836,7 +888,9 @@ impl Draft {
                     aliases: wanted.aliases.clone(),
                 }),
                 Err(exhausted) => {
-                    self.state.ipam = before;
+                    if let Some(before) = before {
+                        self.state.ipam = before;
+                    }
                     return Err(exhausted);
                 }
             }

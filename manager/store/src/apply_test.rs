@@ -2,8 +2,8 @@
 
 use swarm_proto::v1::rejection::Code;
 use swarm_proto::v1::{
-    IpamPool, NodeDescription, ReplicatedMode, ServiceMode, StoreAction, TaskState, Transaction,
-    service_mode,
+    AssignTasks, CreateTasks, IpamPool, NewTask, NodeDescription, ReplicatedMode, ServiceMode,
+    StoreAction, TaskAssignment, TaskState, Transaction, service_mode, store_action,
 };
 
 use crate::testing::{
@@ -507,4 +507,86 @@ fn a_large_network_is_filled_and_encoded_in_chunks() {
     assert!(chunks.iter().all(|chunk| chunk.len() < 300 << 10));
     let bytes: Vec<u8> = chunks.into_iter().flatten().collect();
     assert!(State::decode(&bytes[..]).expect("just written") == state);
+}
+
+fn assign(of: &State, pairs: &[(&str, &str)]) -> StoreAction {
+    let assignments = pairs.iter().map(|(id, node)| {
+        let version = of.task(id).and_then(|task| task.meta?.version);
+        TaskAssignment {
+            task_id: (*id).into(),
+            expected_version: version.map_or(0, |version| version.index),
+            node_id: (*node).into(),
+        }
+    });
+    StoreAction {
+        action: Some(store_action::Action::AssignTasks(AssignTasks {
+            assignments: assignments.collect(),
+        })),
+    }
+}
+
+fn create_many(template: swarm_proto::v1::Task, ids: &[&str]) -> StoreAction {
+    let tasks = ids.iter().zip(1..).map(|(id, slot)| NewTask {
+        id: (*id).into(),
+        slot,
+    });
+    StoreAction {
+        action: Some(store_action::Action::CreateTasks(CreateTasks {
+            template: Some(template),
+            tasks: tasks.collect(),
+        })),
+    }
+}
+
+#[test]
+fn tasks_created_together_are_as_if_created_one_by_one() {
+    let state = with_service("");
+    let template = task("", "s", &["n"]);
+    let together = after(&state, [create_many(template.clone(), &["a", "b"])]);
+    let each = ["a", "b"].iter().zip(1..).map(|(id, slot)| {
+        create(swarm_proto::v1::Task {
+            id: (*id).into(),
+            slot,
+            ..template.clone()
+        })
+    });
+    assert_eq!(together, after(&state, each));
+    // All or none.
+    let (code, message) = refusal(&together, create_many(template, &["c", "b"]));
+    assert_eq!(code, Code::AlreadyExists, "{message}");
+}
+
+#[test]
+fn of_many_assignments_those_that_are_outdated_are_left_out() {
+    let state = with_service("");
+    let state = after(
+        &state,
+        [create_many(task("", "s", &["n"]), &["a", "b", "c", "d"])],
+    );
+    let decided = assign(
+        &state,
+        &[
+            ("a", "w1"),
+            ("b", "w2"),
+            ("c", "w1"),
+            ("d", ""),
+            ("x", "w1"),
+        ],
+    );
+    let mut changed = (**state.task("b").expect("exists")).clone();
+    changed.desired_state = TaskState::Shutdown.into();
+    let meanwhile = after(&state, [update(changed), remove(ObjectKind::Task, "c")]);
+    let state = after(&meanwhile, [decided.clone()]);
+    let a = state.task("a").expect("exists");
+    let status = a.status.as_ref().expect("set");
+    assert_eq!(
+        (a.node_id.as_str(), status.state()),
+        ("w1", TaskState::Assigned)
+    );
+    assert_eq!(state.task("b"), meanwhile.task("b"));
+    assert_eq!(state.task("d"), meanwhile.task("d"));
+    assert!(state.task("c").is_none() && state.task("x").is_none());
+    // What has a node keeps it, whoever decides again.
+    let again = after(&state, [assign(&state, &[("a", "w2")]), decided]);
+    assert_eq!(again.task("a"), state.task("a"));
 }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::{
-    AllocateRaftId, Cluster, EndpointMode, EndpointSpec, NodeState, StoreAction, TaskState,
-    store_action,
+    AllocateRaftId, AssignTasks, Cluster, CreateTasks, EndpointMode, EndpointSpec, NewTask,
+    NodeState, StoreAction, TaskAssignment, TaskState, store_action,
 };
 
 use crate::apply::{holds_addresses, state_of};
@@ -22,7 +22,11 @@ enum Step {
     AddService(u8, Vec<u8>),
     ChangeService(u8, Vec<u8>, bool),
     AddTask(u8, u8),
+    /// Of a service, that many from this number on.
+    AddTasks(u8, u8, u8),
     Assign(u8, u8),
+    /// From this task on, each to the next node; some as they were some versions ago.
+    AssignMany(u8, u8, u8),
     Desire(u8, TaskState),
     Report(u8, TaskState, i64),
     Routes(u8, u8),
@@ -56,7 +60,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..3u8, networks()).prop_map(|(s, n)| Step::AddService(s, n)),
         2 => (0..3u8, networks(), any::<bool>()).prop_map(|(s, n, vip)| Step::ChangeService(s, n, vip)),
         8 => (0..24u8, 0..3u8).prop_map(|(t, s)| Step::AddTask(t, s)),
+        2 => (0..24u8, 1..6u8, 0..3u8).prop_map(|(t, n, s)| Step::AddTasks(t, n, s)),
         3 => (0..24u8, 0..3u8).prop_map(|(t, n)| Step::Assign(t, n)),
+        3 => (0..24u8, 1..8u8, 0..3u8).prop_map(|(t, n, w)| Step::AssignMany(t, n, w)),
         1 => (0..24u8, desired).prop_map(|(t, d)| Step::Desire(t, d)),
         6 => (0..24u8, state(), 0..9i64).prop_map(|(t, s, at)| Step::Report(t, s, at)),
         1 => (0..3u8, 0..8u8).prop_map(|(n, r)| Step::Routes(n, r)),
@@ -108,6 +114,39 @@ fn action(state: &State, step: &Step) -> Option<StoreAction> {
             let mut made = task(&name("t", t), &service.id, &[]);
             made.spec.clone_from(&service.spec.as_ref()?.task);
             create(made)
+        }
+        Step::AddTasks(t, count, s) => {
+            let service = state.service(&name("s", s))?;
+            let mut template = task("", &service.id, &[]);
+            template.spec.clone_from(&service.spec.as_ref()?.task);
+            let tasks = (*t..*t + *count).map(|number| NewTask {
+                id: name("t", &number),
+                slot: number.into(),
+            });
+            StoreAction {
+                action: Some(store_action::Action::CreateTasks(CreateTasks {
+                    template: Some(template),
+                    tasks: tasks.collect(),
+                })),
+            }
+        }
+        Step::AssignMany(t, count, w) => {
+            let assignments = (*t..*t + *count).map(|number| {
+                let id = name("t", &number);
+                let version = state.task(&id).and_then(|task| task.meta?.version);
+                TaskAssignment {
+                    task_id: id,
+                    // One that is not as it was seen, now and then.
+                    expected_version: version.map_or(0, |version| version.index)
+                        - u64::from(number % 5 == 4 && version.is_some()),
+                    node_id: name("w", &((w + number) % 3)),
+                }
+            });
+            StoreAction {
+                action: Some(store_action::Action::AssignTasks(AssignTasks {
+                    assignments: assignments.collect(),
+                })),
+            }
         }
         Step::Assign(t, n) => {
             let mut changed = (**state.task(&name("t", t))?).clone();
