@@ -168,15 +168,20 @@ impl Delta {
     #[must_use]
     pub fn new(prior: &State, changes: &[Change]) -> Option<Self> {
         let next = changes.last()?.state.clone();
-        let mut tasks = BTreeSet::new();
+        // As they were before the first change and are after the last.
+        let mut tasks: BTreeMap<TaskId, TaskChange> = BTreeMap::new();
         let mut networks = BTreeSet::new();
         let mut endpoints = BTreeSet::new();
         let mut services = BTreeSet::new();
         for event in changes.iter().flat_map(|change| change.events.iter()) {
             match event {
                 Event::Task { old, new } => {
+                    let change = tasks.entry(TaskId::from(event.id()));
+                    change
+                        .or_insert_with(|| (old.clone(), None))
+                        .1
+                        .clone_from(new);
                     for task in old.iter().chain(new) {
-                        tasks.insert(TaskId::from(&task.id));
                         endpoints.extend(networks_of(task).map(|n| (n, TaskId::from(&task.id))));
                     }
                 }
@@ -209,9 +214,9 @@ impl Delta {
             }
         }
         let mut by_node: BTreeMap<NodeId, Vec<_>> = BTreeMap::new();
-        for id in tasks {
-            let held = |state: &State| state.task(&id).filter(|task| is_assigned(task)).cloned();
-            let (before, after) = (held(prior), held(&next));
+        for (before, after) in tasks.into_values() {
+            let before = before.filter(|task| is_assigned(task));
+            let after = after.filter(|task| is_assigned(task));
             let node = |task: &Option<Arc<Task>>| Some(NodeId::from(&task.as_ref()?.node_id));
             match (node(&before), node(&after)) {
                 (None, None) => {}

@@ -5,7 +5,7 @@
 //! bounded: one that does not keep up is ended, and its agent starts again
 //! with a complete set. Nothing here waits for a session.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use swarm_proto::v1::{ManagerPeer, Node, SessionInfo};
@@ -109,6 +109,7 @@ pub(super) fn hub(
     let (commands, received) = mpsc::channel(COMMANDS);
     let (state, watch) = consensus.store().watch();
     let registry = Registry {
+        managers: managers_of(&state),
         state,
         sessions: HashMap::new(),
         holders: HashMap::new(),
@@ -167,6 +168,8 @@ fn drain(first: Change, watch: &mut Watch) -> Result<Vec<Change>, WatchError> {
 struct Registry {
     /// What all sets are true of.
     state: Arc<State>,
+    /// All managers in that state.
+    managers: Vec<ManagerPeer>,
     sessions: HashMap<NodeId, Entry>,
     /// Nodes with a session that hold each network.
     holders: HashMap<NetworkId, BTreeSet<NodeId>>,
@@ -229,7 +232,7 @@ impl Registry {
         // The queue is empty: it fits.
         let _ = queue.try_send(Update::Complete(self.state.clone()));
         let registered = Registered {
-            info: session_info(&self.state, &node_id),
+            info: session_info(&self.state, &self.managers, &node_id),
             updates,
             queue,
             ended,
@@ -389,6 +392,7 @@ impl Registry {
             }
         }
         if everyone {
+            self.managers = managers_of(&self.state);
             nodes = self.sessions.keys().cloned().collect();
         }
         for node_id in nodes
@@ -403,7 +407,7 @@ impl Registry {
                     .map(|node| (node.spec.clone(), node.role))
             };
             if everyone || own(prior) != own(&self.state) {
-                let info = session_info(&self.state, &node_id);
+                let info = session_info(&self.state, &self.managers, &node_id);
                 self.send(&node_id, Update::Info(Box::new(info)));
             }
         }
@@ -413,6 +417,7 @@ impl Registry {
     fn start_again(&mut self, store: &Store) -> Watch {
         let (state, watch) = store.watch();
         self.state = state;
+        self.managers = managers_of(&self.state);
         self.holders.clear();
         for node_id in self.sessions.keys().cloned().collect::<Vec<_>>() {
             if self.state.node(&node_id).is_none() {
@@ -431,7 +436,11 @@ impl Registry {
             }
             self.send(
                 &node_id,
-                Update::Info(Box::new(session_info(&self.state, &node_id))),
+                Update::Info(Box::new(session_info(
+                    &self.state,
+                    &self.managers,
+                    &node_id,
+                ))),
             );
             self.send(&node_id, Update::Complete(self.state.clone()));
         }
@@ -460,22 +469,24 @@ fn root_of(cluster: &swarm_proto::v1::Cluster) -> bytes::Bytes {
         .map_or_else(bytes::Bytes::new, |root| root.cert_pem.clone())
 }
 
+fn managers_of(state: &State) -> Vec<ManagerPeer> {
+    let managers = state.nodes().filter_map(|node| {
+        let status = node.manager_status.as_ref()?;
+        Some(ManagerPeer {
+            node_id: node.id.clone(),
+            addr: status.addr.clone(),
+        })
+    });
+    managers.collect()
+}
+
 /// What a session must know beside its assignments.
-fn session_info(state: &State, node_id: &NodeId) -> SessionInfo {
-    let mut managers = BTreeMap::new();
-    for node in state.nodes() {
-        if let Some(status) = &node.manager_status {
-            managers.insert(node.id.clone(), status.addr.clone());
-        }
-    }
+fn session_info(state: &State, managers: &[ManagerPeer], node_id: &NodeId) -> SessionInfo {
     let cluster = state.cluster();
     let port = cluster.map_or(0, |cluster| cluster.data_path_port);
     SessionInfo {
         node: state.node(node_id).map(|node| (**node).clone()),
-        managers: managers
-            .into_iter()
-            .map(|(node_id, addr)| ManagerPeer { node_id, addr })
-            .collect(),
+        managers: managers.to_vec(),
         root_ca_pem: cluster.map_or_else(bytes::Bytes::new, |cluster| root_of(cluster)),
         data_path_port: match port {
             0 => defaults::DATA_PATH_PORT.into(),
