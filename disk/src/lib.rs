@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use system::SystemDisk;
+#[cfg(feature = "testing")]
+pub use system::leave_out_syncs;
 pub use threads::{Blocking, Threads, Worker};
 
 /// The files and databases of one host.
@@ -26,7 +28,7 @@ pub use threads::{Blocking, Threads, Worker};
 /// What is written is visible at once and durable after a sync; names, after a sync of their directory.
 #[async_trait::async_trait]
 pub trait Disk: fmt::Debug + Send + Sync + 'static {
-    /// Makes a directory with its parents, for this user only; one that is there is fine.
+    /// Makes a directory with its parents, for this user only, durably; one that is there is fine.
     ///
     /// # Errors
     /// The system's.

@@ -1,11 +1,12 @@
 //! The machine's own disk: plain files, and sled for the databases.
 //!
-//! sled's `flush` is no fsync on Linux: [`Database::sync`] adds an fdatasync of
-//! sled's file through a handle of our own. A sled page over 128 KiB becomes a
-//! file in `blobs/` that nothing syncs; keeping values far below that is the
-//! caller's affair. sled reports some damage by a panic, which is caught here.
-//! A crash or a full disk leaves an unfinished snapshot of sled's own tables, which
-//! sled then takes for the newest one: it is removed before sled looks.
+//! sled calls what it has written "stable" after `sync_file_range`, which makes
+//! nothing durable, and from then on may write over what it has moved elsewhere:
+//! an fdatasync later would not bring it back. So [`sync_file_range`] is ours
+//! here, and syncs. What sled leaves when it is cut short while it is made or opened is
+//! dealt with before it sees it. A sled page over 128 KiB becomes a file in `blobs/`
+//! that nothing syncs; keeping values far below that is the caller's affair. sled
+//! reports some damage by a panic, which is caught here.
 
 use std::fs;
 use std::io;
@@ -14,6 +15,7 @@ use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::{Changes, Database, DatabaseError, Disk, File, Pairs, Tree};
@@ -38,10 +40,16 @@ impl SystemDisk {
 #[async_trait::async_trait]
 impl Disk for SystemDisk {
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.create_dir(parent(dir)?)?;
+                return self.create_dir(dir);
+            }
+            Err(_) if dir.is_dir() => {}
+            result => result?,
+        }
+        // Also of one that was there: whoever made it may have been killed before this.
+        sync_dir(parent(dir)?)
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
@@ -87,21 +95,121 @@ impl Disk for SystemDisk {
         dir: &Path,
         cache_bytes: u64,
     ) -> Result<Arc<dyn Database>, DatabaseError> {
-        self.create_dir(dir)?;
-        let db = open_sled(dir, cache_bytes)?;
+        sled_syncs()?;
         let path = dir.join("db");
-        let file = fs::OpenOptions::new().read(true).write(true).open(&path)?;
-        // The names of what was just created.
-        sync_dir(dir)?;
-        if let Some(parent) = dir.parent() {
-            sync_dir(parent)?;
+        if !path.exists() {
+            make_sled(self, dir)?;
         }
-        Ok(Arc::new(Sled { db, file, path }))
+        let db = open_sled(dir, cache_bytes)?;
+        // sled has renamed and deleted.
+        sync_dir(dir)?;
+        Ok(Arc::new(Sled { db, path }))
+    }
+}
+
+fn parent(path: &Path) -> io::Result<&Path> {
+    match path.parent() {
+        // A relative path of one part.
+        Some(parent) if parent.as_os_str().is_empty() => Ok(Path::new(".")),
+        Some(parent) => Ok(parent),
+        None => Err(io::ErrorKind::InvalidInput.into()),
     }
 }
 
 fn sync_dir(dir: &Path) -> io::Result<()> {
+    if syncs_are_left_out() {
+        return Ok(());
+    }
     fs::File::open(dir).and_then(|handle| handle.sync_all())
+}
+
+/// How often sled has synced.
+static SLED_SYNCED: AtomicU64 = AtomicU64::new(0);
+
+/// In the place of libc's, for sled, which takes it for a sync of the range: here it is one, of the
+/// whole file, with its length. Nothing else of a node calls it. The linker takes what a program
+/// defines before what libc does.
+// SAFETY: the signature is libc's, and so is all that a caller may rely on: what was written is on
+// its way to the disk, or there is an error.
+#[unsafe(no_mangle)]
+pub extern "C" fn sync_file_range(
+    file: libc::c_int,
+    _offset: libc::off64_t,
+    _length: libc::off64_t,
+    _flags: libc::c_uint,
+) -> libc::c_int {
+    SLED_SYNCED.fetch_add(1, Ordering::Relaxed);
+    if syncs_are_left_out() {
+        return 0;
+    }
+    // SAFETY: takes any number, and fails for one that is no open file.
+    unsafe { libc::fdatasync(file) }
+}
+
+/// Makes sure that what sled calls is the function above.
+fn sled_syncs() -> io::Result<()> {
+    let before = SLED_SYNCED.load(Ordering::Relaxed);
+    // SAFETY: takes any number, and fails for one that is no open file.
+    unsafe { libc::sync_file_range(-1, 0, 0, 0) };
+    if SLED_SYNCED.load(Ordering::Relaxed) == before {
+        return Err(io::Error::other(
+            "this build writes databases that a power cut would destroy: sync_file_range is libc's",
+        ));
+    }
+    Ok(())
+}
+
+/// Makes an empty database, all of it or nothing: sled does not sync what it makes, and refuses
+/// a half of it.
+fn make_sled(disk: &SystemDisk, dir: &Path) -> Result<(), DatabaseError> {
+    disk.create_dir(parent(dir)?)?;
+    let aside = dir.with_extension("making");
+    if aside.exists() {
+        fs::remove_dir_all(&aside)?;
+    }
+    disk.create_dir(&aside)?;
+    let db = open_sled(&aside, 1 << 20)?;
+    guarded(|| db.flush())?;
+    drop(db);
+    for file in disk.list(&aside)? {
+        if file.is_file() {
+            fs::File::open(&file)?.sync_all()?;
+        }
+    }
+    sync_dir(&aside)?;
+    match fs::rename(&aside, dir) {
+        // What is there is none of ours, or has lost its file: sled makes do with it, and whoever
+        // keeps things in it finds out that they are gone.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
+            ) =>
+        {
+            fs::remove_dir_all(&aside)?;
+        }
+        result => result?,
+    }
+    Ok(sync_dir(parent(dir)?)?)
+}
+
+#[cfg(not(feature = "testing"))]
+const fn syncs_are_left_out() -> bool {
+    false
+}
+
+#[cfg(feature = "testing")]
+fn syncs_are_left_out() -> bool {
+    LEFT_OUT.load(Ordering::Relaxed)
+}
+
+#[cfg(feature = "testing")]
+static LEFT_OUT: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+
+/// From now on nothing in this process is synced: what tests of power cuts must find out.
+#[cfg(feature = "testing")]
+pub fn leave_out_syncs() {
+    LEFT_OUT.store(true, Ordering::Relaxed);
 }
 
 #[async_trait::async_trait]
@@ -111,6 +219,9 @@ impl File for fs::File {
     }
 
     async fn sync(&self) -> io::Result<()> {
+        if syncs_are_left_out() {
+            return Ok(());
+        }
         self.sync_data()
     }
 }
@@ -178,8 +289,6 @@ fn forget_unfinished(dir: &Path) -> io::Result<()> {
 
 struct Sled {
     db: sled::Db,
-    /// sled's own file, to sync it.
-    file: fs::File,
     path: PathBuf,
 }
 
@@ -203,8 +312,8 @@ impl Database for Sled {
     }
 
     async fn sync(&self) -> Result<(), DatabaseError> {
-        guarded(|| self.db.flush())?;
-        Ok(self.file.sync_data()?)
+        // Waits until all is written, by calls that sync; see above.
+        guarded(|| self.db.flush()).map(drop)
     }
 
     fn path(&self) -> &Path {
