@@ -7,6 +7,8 @@
 //!
 //! A small file beside the database, the mark, remembers how far the log was
 //! durable: sled takes a damaged tail for a torn one and forgets it silently.
+//! Damage elsewhere can bring back older versions of pages, each of which opens:
+//! so each record says which entry it follows.
 
 use std::io;
 use std::ops::{Bound, RangeInclusive};
@@ -22,8 +24,8 @@ use crate::types::{Entry, LogId, Vote, decode, encode};
 
 /// No value in sled is longer.
 const RECORD_MAX: usize = 6 * 1024;
-/// What fits into a record: its seal and the number of parts take the rest.
-const PAYLOAD_MAX: usize = RECORD_MAX - OVERHEAD - 2;
+/// What fits into a record: its seal and its head take the rest.
+const PAYLOAD_MAX: usize = RECORD_MAX - OVERHEAD - Head::BYTES;
 /// sled's page cache; its default is a gibibyte.
 const CACHE_BYTES: u64 = 64 << 20;
 
@@ -72,12 +74,86 @@ fn place(tree: &str, key: &[u8]) -> Vec<u8> {
     [tree.as_bytes(), b"/", key].concat()
 }
 
+/// A place in the log: the index behind an entry, and the entry's term. Nothing before: zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Place {
+    next: u64,
+    term: u64,
+}
+
+impl From<Option<LogId>> for Place {
+    fn from(last: Option<LogId>) -> Self {
+        last.map_or(Self::default(), |id| Self {
+            next: id.index + 1,
+            term: id.leader_id.term,
+        })
+    }
+}
+
+/// What stands before the payload of a record. A database that has lost some of its pages shows
+/// older versions of them: each opens, but they do not fit together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Head {
+    /// How many keys the entry spans.
+    parts: u16,
+    /// What the record follows.
+    after: Place,
+    /// Of its first entry.
+    term: u64,
+}
+
+impl Head {
+    const BYTES: usize = 2 + 3 * 8;
+
+    fn encode(self) -> Vec<u8> {
+        let mut bytes = self.parts.to_le_bytes().to_vec();
+        for number in [self.after.next, self.after.term, self.term] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn decode(bytes: &[u8; Self::BYTES]) -> Self {
+        let number = |at: usize| {
+            let bytes = bytes[at..at + 8].try_into();
+            u64::from_le_bytes(bytes.expect("a range of eight"))
+        };
+        Self {
+            parts: u16::from_le_bytes([bytes[0], bytes[1]]),
+            after: Place {
+                next: number(2),
+                term: number(10),
+            },
+            term: number(18),
+        }
+    }
+}
+
+/// How far the log was durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mark {
+    end: Place,
+    /// Of the last vote that was saved.
+    vote: u64,
+}
+
+impl Mark {
+    const BYTES: usize = 3 * 8;
+
+    pub(crate) fn new(last: Option<LogId>, vote: u64) -> Self {
+        Self {
+            end: last.into(),
+            vote,
+        }
+    }
+}
+
 /// One record of the log tree.
 enum Record {
     /// Whole entries from this index on.
-    Entries(Vec<Entry>),
-    /// The first piece of an entry that spans this many keys.
-    FirstPart(u16, Vec<u8>),
+    Entries(Head, Vec<Entry>),
+    /// The first piece of an entry that spans several keys.
+    FirstPart(Head, Vec<u8>),
 }
 
 impl Disk {
@@ -102,6 +178,23 @@ impl Disk {
         let tree = |name: &str| db.tree(Some(name)).map_err(failed("open a tree"));
         let (log, meta) = (tree("raft_log")?, tree("raft_meta")?);
         let mark_path = dir.join("log.mark");
+        if !host.exists(&mark_path) {
+            let used = |tree: &dyn Tree| tree.range(Bound::Unbounded, Bound::Unbounded).next();
+            if used(&*log).is_some() || used(&*meta).is_some() {
+                return Err(DiskError::damaged(
+                    &mark_path,
+                    "the mark",
+                    "it is missing beside a log",
+                ));
+            }
+            // Whole before anything is written to the log: later it is overwritten in its place,
+            // within one sector.
+            let first = seal_mark(&sealer, Mark::default());
+            let aside = dir.join("log.mark.writing");
+            swarm_disk::replace(&*host, &mark_path, &aside, &[&first])
+                .await
+                .map_err(|e| DiskError::io("write", &mark_path, e))?;
+        }
         let mark = host
             .open(&mark_path)
             .map_err(|e| DiskError::io("open", &mark_path, e))?;
@@ -115,7 +208,7 @@ impl Disk {
             sealer,
             host,
         };
-        // The mark's name, if it was just created.
+        // The names of what is in it.
         disk.host
             .sync_dir(dir)
             .await
@@ -150,21 +243,27 @@ impl Disk {
             vote: self.read_meta("vote")?,
             committed: self.read_meta("committed")?,
         };
-        let (durable_next, durable_term) = self.read_mark()?;
+        let mark = self.read_mark()?;
         found.last = found.purged;
-        let mut next = found.purged.map_or(0, |id| id.index + 1);
+        self.check_mark(mark, found.last)?;
+        let floor = found.purged.map_or(0, |id| id.index + 1);
         let mut records = self.log.range(Bound::Unbounded, Bound::Unbounded);
         while let Some(item) = records.next() {
             let (raw_key, value) = item.map_err(|e| self.read_failed(e))?;
             let (first, part) = parse_key(&raw_key)
                 .ok_or_else(|| self.damaged("raft_log/?".into(), "a key of another form"))?;
-            let entries = match self.open_record(first, part, &value) {
-                Ok(Record::Entries(entries)) => entries,
-                Ok(Record::FirstPart(parts, head)) => {
-                    match self.join_parts(first, parts, head, &mut records)? {
-                        Some(entry) => vec![entry],
+            if part != 0 && first < floor {
+                // Deleting what is purged was cut short.
+                continue;
+            }
+            let (head, entries) = match self.open_record(first, part, &value)? {
+                Record::Entries(head, entries) => (head, entries),
+                Record::FirstPart(..) if first < floor => continue,
+                Record::FirstPart(head, begun) => {
+                    match self.join_parts(first, head, begun, &mut records)? {
+                        Some(entry) => (head, vec![entry]),
                         // A crash cut the entry short before it was acknowledged.
-                        None if first >= durable_next => {
+                        None if first >= mark.end.next => {
                             self.remove_from(first)?;
                             break;
                         }
@@ -173,93 +272,142 @@ impl Disk {
                         }
                     }
                 }
-                Err(error) => return Err(error),
             };
+            let after = Place::from(found.last);
+            if first == after.next && head.after != after {
+                return Err(self.damaged(
+                    key_name(first, 0),
+                    format!(
+                        "it follows an entry of term {}, but one of term {} is before it",
+                        head.after.term, after.term
+                    ),
+                ));
+            }
             for entry in entries {
                 let id = entry.log_id();
-                if id.index < next {
-                    // Already purged; deleting it was cut short, or it shares a record.
+                if id.index < floor {
+                    // Purged; it shares a record, or deleting it was cut short.
                     continue;
                 }
-                if id.index > next {
-                    return Err(self.damaged(
-                        key_name(first, 0),
-                        format!("entry {next} is missing before entry {}", id.index),
-                    ));
-                }
-                next += 1;
-                found.last = Some(id);
+                let after = Place::from(found.last);
+                let reason = if id.index > after.next {
+                    format!("entry {} is missing before entry {}", after.next, id.index)
+                } else if id.index < after.next {
+                    format!("entry {} is there twice", id.index)
+                } else if id.leader_id.term < after.term {
+                    format!(
+                        "entry {} is of an earlier term than the one before",
+                        id.index
+                    )
+                } else {
+                    found.last = Some(id);
+                    self.check_mark(mark, found.last)?;
+                    continue;
+                };
+                return Err(self.damaged(key_name(first, 0), reason));
             }
         }
-        if next < durable_next {
+        let next = Place::from(found.last).next;
+        if next < mark.end.next {
             return Err(self.damaged(
                 key_name(next, 0),
                 format!(
-                    "the log ends before entry {next}, but was durable up to entry {durable_next}"
+                    "the log ends before entry {next}, but was durable up to entry {}",
+                    mark.end.next
                 ),
             ));
         }
         let term = found.vote.map_or(0, |vote| vote.leader_id().term);
-        if term < durable_term {
+        if term < mark.vote {
             return Err(self.damaged(
                 "raft_meta/vote".into(),
-                format!("the vote is of term {term}, but one of term {durable_term} was saved"),
+                format!(
+                    "the vote is of term {term}, but one of term {} was saved",
+                    mark.vote
+                ),
             ));
         }
         Ok(found)
     }
 
-    /// Adds entries behind the last one. Durable after the next [`Disk::sync`].
-    pub(crate) fn append(&self, entries: &[Entry]) -> Result<(), DiskError> {
-        let mut payload: Vec<u8> = Vec::new();
-        let mut first = 0;
+    /// The entry that was the last durable one must still be what it was.
+    fn check_mark(&self, mark: Mark, last: Option<LogId>) -> Result<(), DiskError> {
+        let here = Place::from(last);
+        if here.next == mark.end.next && here.term != mark.end.term {
+            return Err(self.damaged(
+                key_name(here.next.saturating_sub(1), 0),
+                format!(
+                    "the entry is of term {}, but one of term {} was durable there",
+                    here.term, mark.end.term
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Adds entries behind this one. Durable after the next [`Disk::sync`].
+    pub(crate) fn append(&self, after: Option<LogId>, entries: &[Entry]) -> Result<(), DiskError> {
+        self.append_after(after.into(), entries)
+    }
+
+    fn append_after(&self, mut after: Place, entries: &[Entry]) -> Result<(), DiskError> {
+        let head = |after: Place, entry: &Entry| Head {
+            parts: 1,
+            after,
+            term: entry.log_id().leader_id.term,
+        };
+        // The record that is being filled: its first index, its head, its payload.
+        let mut record: Option<(u64, Head, Vec<u8>)> = None;
         for entry in entries {
-            let index = entry.log_id().index;
+            let id = entry.log_id();
             let bytes =
                 encode(entry).map_err(|e| DiskError::io("encode an entry", &self.path, e))?;
             let size = 4 + bytes.len();
-            if !payload.is_empty() && payload.len() + size > PAYLOAD_MAX {
-                self.put_record(first, &payload)?;
-                payload.clear();
+            if let Some((first, head, payload)) =
+                record.take_if(|(.., payload)| payload.len() + size > PAYLOAD_MAX)
+            {
+                self.put_record(first, head, &payload)?;
             }
             if size > PAYLOAD_MAX {
-                self.put_parts(index, &bytes)?;
-                continue;
+                self.put_parts(id.index, head(after, entry), &bytes)?;
+            } else {
+                let (.., payload) =
+                    record.get_or_insert_with(|| (id.index, head(after, entry), Vec::new()));
+                payload.extend_from_slice(
+                    &u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes(),
+                );
+                payload.extend_from_slice(&bytes);
             }
-            if payload.is_empty() {
-                first = index;
-            }
-            payload
-                .extend_from_slice(&u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
-            payload.extend_from_slice(&bytes);
+            after = Some(id).into();
         }
-        if payload.is_empty() {
-            return Ok(());
+        match record {
+            None => Ok(()),
+            Some((first, head, payload)) => self.put_record(first, head, &payload),
         }
-        self.put_record(first, &payload)
     }
 
-    fn put_record(&self, first: u64, payload: &[u8]) -> Result<(), DiskError> {
+    fn put_record(&self, first: u64, head: Head, payload: &[u8]) -> Result<(), DiskError> {
         let key = key(first, 0);
-        self.put(&*self.log, &key, self.seal_part(&key, 1, payload))
+        self.put(&*self.log, &key, self.seal_part(&key, head, payload))
     }
 
-    fn put_parts(&self, index: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    fn put_parts(&self, index: u64, head: Head, bytes: &[u8]) -> Result<(), DiskError> {
         let pieces = bytes.chunks(PAYLOAD_MAX);
         let parts = u16::try_from(pieces.len()).map_err(|_| {
             DiskError::io("split an entry", &self.path, io::ErrorKind::FileTooLarge)
         })?;
+        let head = Head { parts, ..head };
         let changes = (0..parts).zip(pieces).map(|(part, piece)| {
             let key = key(index, part);
-            (key.to_vec(), Some(self.seal_part(&key, parts, piece)))
+            (key.to_vec(), Some(self.seal_part(&key, head, piece)))
         });
         self.log
             .apply(changes.collect())
             .map_err(|e| self.failed("write", e))
     }
 
-    fn seal_part(&self, key: &[u8], parts: u16, payload: &[u8]) -> Vec<u8> {
-        let plain = [&parts.to_le_bytes(), payload].concat();
+    fn seal_part(&self, key: &[u8], head: Head, payload: &[u8]) -> Vec<u8> {
+        let plain = [&head.encode(), payload].concat();
         self.sealer.seal(&place("raft_log", key), &plain)
     }
 
@@ -275,24 +423,24 @@ impl Disk {
         self.log.range(from, to)
     }
 
-    fn open_part(&self, index: u64, part: u16, value: &[u8]) -> Result<(u16, Vec<u8>), DiskError> {
+    fn open_part(&self, index: u64, part: u16, value: &[u8]) -> Result<(Head, Vec<u8>), DiskError> {
         let plain = self
             .sealer
             .open(&place("raft_log", &key(index, part)), value)
             .map_err(|e| self.damaged(key_name(index, part), e))?;
-        match plain.split_first_chunk::<2>() {
-            Some((parts, payload)) => Ok((u16::from_le_bytes(*parts), payload.to_vec())),
+        match plain.split_first_chunk::<{ Head::BYTES }>() {
+            Some((head, payload)) => Ok((Head::decode(head), payload.to_vec())),
             None => Err(self.damaged(key_name(index, part), "too short")),
         }
     }
 
     fn open_record(&self, first: u64, part: u16, value: &[u8]) -> Result<Record, DiskError> {
-        let (parts, payload) = self.open_part(first, part, value)?;
+        let (head, payload) = self.open_part(first, part, value)?;
         if part != 0 {
             return Err(self.damaged(key_name(first, part), "a part without its beginning"));
         }
-        if parts > 1 {
-            return Ok(Record::FirstPart(parts, payload));
+        if head.parts > 1 {
+            return Ok(Record::FirstPart(head, payload));
         }
         let mut rest = payload.as_slice();
         let mut entries = Vec::new();
@@ -307,7 +455,7 @@ impl Disk {
             entries.push(self.decode_entry(first, entries.len() as u64, bytes)?);
             rest = tail;
         }
-        Ok(Record::Entries(entries))
+        Ok(Record::Entries(head, entries))
     }
 
     fn decode_entry(&self, first: u64, offset: u64, bytes: &[u8]) -> Result<Entry, DiskError> {
@@ -321,16 +469,16 @@ impl Disk {
         }
     }
 
-    /// The entry whose first part is `head`; `None` when the log ends before its last part.
+    /// The entry that begins like this; `None` when the log ends before its last part.
     fn join_parts(
         &self,
         index: u64,
-        parts: u16,
-        head: Vec<u8>,
+        head: Head,
+        begun: Vec<u8>,
         records: &mut Pairs,
     ) -> Result<Option<Entry>, DiskError> {
-        let mut bytes = head;
-        for part in 1..parts {
+        let mut bytes = begun;
+        for part in 1..head.parts {
             let Some(item) = records.next() else {
                 return Ok(None);
             };
@@ -338,7 +486,11 @@ impl Disk {
             if raw_key != key(index, part) {
                 return Err(self.damaged(key_name(index, part), "missing"));
             }
-            bytes.extend_from_slice(&self.open_part(index, part, &value)?.1);
+            let (of, piece) = self.open_part(index, part, &value)?;
+            if of != head {
+                return Err(self.damaged(key_name(index, part), "a part of another entry"));
+            }
+            bytes.extend_from_slice(&piece);
         }
         self.decode_entry(index, 0, &bytes).map(Some)
     }
@@ -377,9 +529,9 @@ impl Disk {
             let (first, part) = parse_key(&raw_key)
                 .ok_or_else(|| self.damaged("raft_log/?".into(), "a key of another form"))?;
             let found = match self.open_record(first, part, &value)? {
-                Record::Entries(entries) => entries,
-                Record::FirstPart(parts, head) => self
-                    .join_parts(first, parts, head, &mut records)?
+                Record::Entries(_, entries) => entries,
+                Record::FirstPart(head, begun) => self
+                    .join_parts(first, head, begun, &mut records)?
                     .into_iter()
                     .collect(),
             };
@@ -397,19 +549,21 @@ impl Disk {
     }
 
     /// Removes everything after `keep` (everything for `None`).
-    pub(crate) async fn truncate_after(&self, keep: Option<u64>) -> Result<(), DiskError> {
-        let first_removed = keep.map_or(0, |index| index + 1);
+    pub(crate) async fn truncate_after(&self, keep: Option<LogId>) -> Result<(), DiskError> {
+        let end = Place::from(keep);
         // Lowered durably before anything disappears.
-        let (durable_next, term) = self.read_mark()?;
-        if durable_next > first_removed {
-            self.write_mark(first_removed, term)?;
+        let mark = self.read_mark()?;
+        if mark.end.next > end.next {
+            self.write_mark(Mark { end, ..mark })?;
             self.mark
                 .sync()
                 .await
                 .map_err(|e| DiskError::io("fdatasync", &self.mark_path, e))?;
         }
-        self.remove_from(first_removed)?;
-        let Some(keep) = keep else { return Ok(()) };
+        self.remove_from(end.next)?;
+        let Some(keep) = keep.map(|id| id.index) else {
+            return Ok(());
+        };
         let Some(item) = self
             .records(Bound::Unbounded, Bound::Included(&key(keep, 0)))
             .next_back()
@@ -420,21 +574,28 @@ impl Disk {
         let Some((first, 0)) = parse_key(&raw_key) else {
             return Ok(());
         };
-        if let Record::Entries(mut entries) = self.open_record(first, 0, &value)? {
+        if let Record::Entries(head, mut entries) = self.open_record(first, 0, &value)? {
             let before = entries.len();
             entries.retain(|entry| entry.log_id().index <= keep);
             if entries.len() < before {
-                self.append(&entries)?;
+                self.append_after(head.after, &entries)?;
             }
         }
         Ok(())
     }
 
+    /// From the end: a crash leaves an entry without its end, never an end without its beginning.
     fn remove_from(&self, index: u64) -> Result<(), DiskError> {
-        self.remove(self.records(Bound::Included(&key(index, 0)), Bound::Unbounded))
+        self.remove(
+            self.records(Bound::Included(&key(index, 0)), Bound::Unbounded)
+                .rev(),
+        )
     }
 
-    fn remove(&self, records: Pairs) -> Result<(), DiskError> {
+    fn remove(
+        &self,
+        records: impl Iterator<Item = Result<(Vec<u8>, Vec<u8>), DatabaseError>>,
+    ) -> Result<(), DiskError> {
         for record in records {
             let (raw_key, _) = record.map_err(|e| self.read_failed(e))?;
             self.removed(&*self.log, &raw_key)?;
@@ -513,36 +674,44 @@ impl Disk {
             .map_err(|e| self.failed("fdatasync", e))
     }
 
-    /// Remembers that entries before `next` and a vote of `term` are durable.
-    /// Not synced: after a power cut it may be older, never newer than the log.
-    pub(crate) fn write_mark(&self, next: u64, term: u64) -> Result<(), DiskError> {
-        let plain = [next.to_le_bytes(), term.to_le_bytes()].concat();
+    /// Remembers how far the log is durable. Not synced: after a power cut it may be older,
+    /// never newer than the log.
+    pub(crate) fn write_mark(&self, mark: Mark) -> Result<(), DiskError> {
         self.mark
-            .write_at(&self.sealer.seal(b"log.mark", &plain), 0)
+            .write_at(&seal_mark(&self.sealer, mark), 0)
             .map_err(|e| DiskError::io("write", &self.mark_path, e))
     }
 
-    fn read_mark(&self) -> Result<(u64, u64), DiskError> {
+    fn read_mark(&self) -> Result<Mark, DiskError> {
         let content = self
             .host
             .read(&self.mark_path)
             .map_err(|e| DiskError::io("read", &self.mark_path, e))?;
-        let Some(sealed) = content.first_chunk::<{ OVERHEAD + 16 }>() else {
-            return Ok((0, 0));
-        };
         let damaged = |reason: String| DiskError::damaged(&self.mark_path, "the mark", reason);
         let plain = self
             .sealer
-            .open(b"log.mark", sealed)
+            .open(b"log.mark", &content)
             .map_err(|e| damaged(e.to_string()))?;
-        let number = |range: std::ops::Range<usize>| {
-            plain
-                .get(range)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map(u64::from_le_bytes)
-                .ok_or_else(|| damaged("too short".into()))
+        let plain: [u8; Mark::BYTES] = plain
+            .try_into()
+            .map_err(|_| damaged("of another length".into()))?;
+        let number = |at: usize| {
+            let bytes = plain[at..at + 8].try_into();
+            u64::from_le_bytes(bytes.expect("a range of eight"))
         };
-        Ok((number(0..8)?, number(8..16)?))
+        Ok(Mark {
+            end: Place {
+                next: number(0),
+                term: number(8),
+            },
+            vote: number(16),
+        })
+    }
+
+    /// The records as they are, to bring back older ones.
+    #[cfg(test)]
+    pub(crate) fn raw(&self) -> &dyn Tree {
+        &*self.log
     }
 
     /// One on which the next sync cannot be completed.
@@ -564,6 +733,11 @@ impl Disk {
     fn damaged(&self, key: String, reason: impl ToString) -> DiskError {
         DiskError::damaged(&self.path, key, reason)
     }
+}
+
+fn seal_mark(sealer: &Sealer, mark: Mark) -> Vec<u8> {
+    let numbers = [mark.end.next, mark.end.term, mark.vote];
+    sealer.seal(b"log.mark", &numbers.map(u64::to_le_bytes).concat())
 }
 
 /// What an entry counts for in limits of bytes.

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 pub enum DiskError {
     /// What is stored is not what was written. Nothing is guessed and nothing thrown away.
     #[error(
-        "{path}: {key} is damaged: {reason}; restore the directory from a backup, or empty it and join the cluster again"
+        "{path}: {key} is damaged: {reason}; if other managers run, move the raft directory away and start again: this manager then joins anew and gets everything from them. A sole manager needs the directory from a backup"
     )]
     Damaged {
         /// The file.

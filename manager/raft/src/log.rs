@@ -25,7 +25,7 @@ use swarm_disk::{Blocking, Threads, Worker};
 use swarm_identity::DataKey;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use crate::disk::{Disk, Recovered, entry_size};
+use crate::disk::{Disk, Mark, Recovered, entry_size};
 use crate::error::{DiskError, FatalReporter, chain};
 use crate::seal::Sealer;
 use crate::types::{Entry, LogId, TypeConfig, Vote};
@@ -124,7 +124,7 @@ enum Job {
     },
     Vote(Vote, oneshot::Sender<io::Result<()>>),
     Committed(Option<LogId>),
-    Truncate(Option<u64>, oneshot::Sender<io::Result<()>>),
+    Truncate(Option<LogId>, oneshot::Sender<io::Result<()>>),
     /// Up to this one, where the log ends at that index.
     Purge(LogId, u64),
     Close,
@@ -192,7 +192,8 @@ impl LogStore {
         }));
         let (queue, jobs) = mpsc::channel(QUEUE);
         let writer = Writer {
-            durable_next: found.last.map_or(0, |id| id.index + 1),
+            last: found.last,
+            purged: found.purged,
             durable_term: found.vote.map_or(0, |vote| vote.leader_id().term),
             disk: disk.clone(),
             known: known.clone(),
@@ -384,8 +385,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         let (done, truncated) = oneshot::channel();
-        let keep = last_log_id.map(|id| id.index);
-        self.enqueue(Job::Truncate(keep, done)).await?;
+        self.enqueue(Job::Truncate(last_log_id, done)).await?;
         // Only after the writer has passed all earlier appends: from then on what
         // it has written is what remains.
         truncated.await.map_err(|_| closed())??;
@@ -410,7 +410,9 @@ struct Writer {
     disk: Arc<Disk>,
     known: Arc<Mutex<Known>>,
     fatal: FatalReporter,
-    durable_next: u64,
+    /// What is written; durable after each batch.
+    last: Option<LogId>,
+    purged: Option<LogId>,
     durable_term: u64,
     failed: Option<String>,
 }
@@ -468,12 +470,11 @@ impl Writer {
         for job in batch {
             match job {
                 Job::Append { entries, .. } => {
-                    self.disk.append(entries)?;
+                    self.disk.append(self.last, entries)?;
                     if let Some(last) = entries.last() {
-                        let next = last.log_id().index + 1;
-                        self.durable_next = next;
+                        self.last = Some(last.log_id());
                         let mut known = self.known.lock();
-                        known.written = known.written.max(next);
+                        known.written = known.written.max(last.log_id().index + 1);
                         known.evict();
                     }
                     sync = true;
@@ -486,13 +487,15 @@ impl Writer {
                 Job::Committed(committed) => self.disk.save_committed(committed)?,
                 Job::Truncate(keep, _) => {
                     self.disk.truncate_after(*keep).await?;
-                    let next = keep.map_or(0, |index| index + 1);
-                    self.durable_next = self.durable_next.min(next);
+                    if self.last > *keep {
+                        self.last = (*keep).max(self.purged);
+                    }
                     sync = true;
                 }
                 Job::Purge(upto, last) => {
                     self.disk.purge(upto, *last)?;
-                    self.durable_next = self.durable_next.max(upto.index + 1);
+                    self.purged = self.purged.max(Some(*upto));
+                    self.last = self.last.max(self.purged);
                     sync = true;
                 }
                 Job::Close => {}
@@ -508,7 +511,8 @@ impl Writer {
         }
         if sync {
             self.disk.sync().await?;
-            self.disk.write_mark(self.durable_next, self.durable_term)?;
+            self.disk
+                .write_mark(Mark::new(self.last, self.durable_term))?;
         }
         Ok(())
     }

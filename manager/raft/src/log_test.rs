@@ -1,5 +1,6 @@
 //! The log on a real disk: openraft's own suite, restarts, damage, size of what sled is given.
 
+use std::ops::Bound;
 use std::path::Path;
 
 use openraft::StorageError;
@@ -203,6 +204,111 @@ async fn a_log_that_lost_its_end_is_refused() {
         error.contains("raft_log/0.0") && error.contains("log/db"),
         "{error}"
     );
+}
+
+async fn disk(dir: &Path, key: &DataKey) -> Result<(Disk, Recovered), DiskError> {
+    Disk::open(SystemDisk::shared(), dir, Sealer::new(key)).await
+}
+
+/// A log whose entries from 10 on were replaced by those of a later term, with what some of its
+/// keys held before.
+async fn rewritten(dir: &Path, key: &DataKey, size: usize) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let entries = |term, range: std::ops::Range<u64>| -> Vec<Entry> {
+        range.map(|index| entry(term, index, size)).collect()
+    };
+    let (disk, _) = disk(dir, key).await.unwrap();
+    disk.append(None, &entries(1, 0..10)).unwrap();
+    disk.append(Some(id(1, 9)), &entries(2, 10..12)).unwrap();
+    let from = 10u64.to_be_bytes();
+    let old = disk
+        .raw()
+        .range(Bound::Included(&from), Bound::Unbounded)
+        .map(Result::unwrap)
+        .collect();
+    disk.truncate_after(Some(id(1, 9))).await.unwrap();
+    disk.append(Some(id(1, 9)), &entries(3, 10..12)).unwrap();
+    disk.sync().await.unwrap();
+    disk.write_mark(Mark::new(Some(id(3, 11)), 0)).unwrap();
+    old
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn older_versions_of_records_do_not_pass_for_the_log() {
+    for size in [10, 20_000] {
+        for behind in [false, true] {
+            let (dir, key) = (tempfile::tempdir().unwrap(), DataKey::random());
+            let old = rewritten(dir.path(), &key, size).await;
+            if behind {
+                let (disk, _) = disk(dir.path(), &key).await.unwrap();
+                let more = [entry(3, 12, 10)];
+                disk.append(Some(id(3, 11)), &more).unwrap();
+                disk.sync().await.unwrap();
+                // A power cut: the mark is older than the log.
+            }
+            // Pages go back one by one, and all together.
+            for stale in old.iter().map(std::slice::from_ref).chain([&old[..]]) {
+                let copy = tempfile::tempdir().unwrap();
+                let copied = std::process::Command::new("cp")
+                    .args(["-a", "--"])
+                    .arg(dir.path().join("."))
+                    .arg(copy.path())
+                    .status();
+                assert!(copied.unwrap().success());
+                let (sound, found) = disk(copy.path(), &key).await.unwrap();
+                assert_eq!(found.last, Some(id(3, if behind { 12 } else { 11 })));
+                for (key, value) in stale {
+                    sound.raw().put(key, value.clone()).unwrap();
+                }
+                sound.sync().await.unwrap();
+                drop(sound);
+                let error = disk(copy.path(), &key).await.err().unwrap();
+                assert!(matches!(error, DiskError::Damaged { .. }), "{error}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_and_a_truncation_that_were_cut_short_are_no_damage() {
+    let (dir, key) = (tempfile::tempdir().unwrap(), DataKey::random());
+    let entries: Vec<Entry> = (0..4).map(|index| entry(1, index, 20_000)).collect();
+    let part = |index: u64, part: u16| [&index.to_be_bytes()[..], &part.to_be_bytes()].concat();
+    let (open, _) = disk(dir.path(), &key).await.unwrap();
+    open.append(None, &entries).unwrap();
+    open.sync().await.unwrap();
+    open.write_mark(Mark::new(Some(id(1, 3)), 0)).unwrap();
+    let kept = open.raw().get(&part(1, 2)).unwrap().unwrap();
+    open.purge(&id(1, 1), 3).unwrap();
+    // Of a purged entry its beginning is gone, and a part is left.
+    open.raw().put(&part(1, 2), kept).unwrap();
+    open.truncate_after(Some(id(1, 2))).await.unwrap();
+    open.append(Some(id(1, 2)), &entries[3..]).unwrap();
+    // Of a truncated entry the end is gone, and the beginning is left.
+    open.raw().remove(&part(3, 3)).unwrap();
+    open.raw().remove(&part(3, 2)).unwrap();
+    open.sync().await.unwrap();
+    drop(open);
+    let (open, found) = disk(dir.path(), &key).await.unwrap();
+    assert_eq!((found.purged, found.last), (Some(id(1, 1)), Some(id(1, 2))));
+    assert_eq!(open.read(2..=9, usize::MAX).unwrap(), entries[2..3]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_without_its_mark_is_refused() {
+    let (dir, key) = (tempfile::tempdir().unwrap(), DataKey::random());
+    let (mut log, writer) = open(dir.path(), &key).await.unwrap();
+    append(&mut log, vec![entry(1, 0, 10)]).await;
+    close(log, writer).await;
+    let mark = dir.path().join("log.mark");
+    let whole = std::fs::read(&mark).unwrap();
+    std::fs::write(&mark, &whole[..10]).unwrap();
+    let error = disk(dir.path(), &key).await.err().unwrap().to_string();
+    assert!(error.contains("log.mark"), "{error}");
+    std::fs::remove_file(&mark).unwrap();
+    let error = disk(dir.path(), &key).await.err().unwrap().to_string();
+    assert!(error.contains("log.mark"), "{error}");
+    std::fs::write(&mark, &whole).unwrap();
+    disk(dir.path(), &key).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
