@@ -116,7 +116,10 @@ impl Settings {
     /// Removing failed; the error names the file.
     pub fn remove(data_dir: &Path) -> Result<(), SettingsError> {
         let path = file(data_dir);
-        match std::fs::remove_file(&path) {
+        // Durably, or a power cut brings back a membership whose identity is gone.
+        let removed =
+            std::fs::remove_file(&path).and_then(|()| std::fs::File::open(data_dir)?.sync_all());
+        match removed {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(SettingsError::Io { path, source })
             }

@@ -153,6 +153,11 @@ impl KeyStore {
             .mode(0o700)
             .create(&self.directory)
             .map_err(failed)?;
+        // Its own name, and that of its parent if both are new.
+        let above = self.directory.ancestors().skip(1).take(2);
+        for directory in above.filter(|above| !above.as_os_str().is_empty()) {
+            sync_directory(directory).map_err(failed)?;
+        }
         replace(&path, &text).map_err(failed)
     }
 
