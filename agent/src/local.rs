@@ -380,6 +380,10 @@ async fn write_group(
         }
         tree.apply(batch)?;
     }
+    #[cfg(feature = "museum")]
+    if swarm_proto::museum::on(swarm_proto::museum::Bug::AgentNotSynced) {
+        return Ok(());
+    }
     db.sync().await
 }
 

@@ -269,7 +269,11 @@ impl Machine {
     pub fn record(&self) -> TaskRecord {
         TaskRecord {
             status: Some(self.status.clone()),
+            #[cfg(not(feature = "museum"))]
             started: self.started,
+            #[cfg(feature = "museum")]
+            started: self.started
+                && !swarm_proto::museum::on(swarm_proto::museum::Bug::StartForgotten),
         }
     }
 
