@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use swarm_disk::{Disk, Threads};
 use swarm_proto::task_state::is_terminal;
@@ -33,6 +34,8 @@ use crate::session::{ApplyError, Connector, SessionLoop, SessionState};
 use crate::supervisor::{Adopted, Worker, adopt, data_path_port};
 use crate::worker::{AssignmentSet, task_name};
 
+/// Until images are collected for the first time, and after a failure.
+const COLLECT_AGAIN: Duration = Duration::from_secs(600);
 /// Requests to the worker under way: one set of the session, and a leave.
 const REQUESTS: usize = 4;
 
@@ -369,11 +372,23 @@ fn find(tasks: Vec<TaskView>, reference: &str) -> Result<TaskView, AgentError> {
     }
 }
 
-/// Drops unused images whenever tasks have gone, and never while one is pulled.
+/// Has unused images dropped when tasks have gone and when one was unused for long enough, and
+/// never while one is pulled.
 async fn collect_images(deps: Arc<Deps>, wanted: Arc<Notify>, cancel: CancellationToken) {
     let collect = async {
+        // What an earlier life of the agent has left.
+        let mut next = Some(COLLECT_AGAIN);
         loop {
-            wanted.notified().await;
+            let due = async {
+                match next {
+                    Some(wait) => tokio::time::sleep(wait).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = wanted.notified() => {}
+                () = due => {}
+            }
             let guard = loop {
                 match deps.images.lock.try_write() {
                     Ok(guard) => break guard,
@@ -388,9 +403,13 @@ async fn collect_images(deps: Arc<Deps>, wanted: Arc<Notify>, cancel: Cancellati
                 .map(|spec| spec.image.clone())
                 .collect();
             let keep: Vec<String> = keep.into_iter().collect();
-            if let Err(error) = deps.runtime.collect_garbage(&keep).await {
-                tracing::warn!(%error, "unused images stay on this node");
-            }
+            next = match deps.runtime.collect_garbage(&keep).await {
+                Ok(next) => next,
+                Err(error) => {
+                    tracing::warn!(%error, "unused images stay on this node");
+                    Some(COLLECT_AGAIN)
+                }
+            };
             drop(guard);
         }
     };

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::json;
 use support::{Host, Layer, Tar, architecture, busybox, digest, eventually};
@@ -381,7 +382,8 @@ async fn oversized_answers_are_refused() {
 
 #[tokio::test]
 async fn garbage_collection_spares_what_is_named_and_what_containers_use() {
-    let host = Host::new();
+    let mut host = Host::new();
+    host.config.images.unused_for = Duration::ZERO;
     let runtime = host.runtime();
     let used = host.serve_busybox();
     runtime.pull(&used, None).await.unwrap();
@@ -413,4 +415,24 @@ async fn garbage_collection_spares_what_is_named_and_what_containers_use() {
         assert_eq!(count(&host.config.root.join(dir)), 0, "{dir}");
     }
     eventually("no process is left", || host.processes().is_empty());
+}
+
+#[tokio::test]
+async fn an_image_that_was_in_use_a_moment_ago_is_kept() {
+    let host = Host::new();
+    let runtime = host.runtime();
+    let image = host.serve_busybox();
+    let (pinned, _) = runtime.resolve(&image, None).await.unwrap();
+    runtime.pull(&pinned, None).await.unwrap();
+    let layers = count(&host.config.root.join("layers"));
+    let config = host.container(&pinned, &["true"]);
+    runtime.create(&config).await.unwrap();
+    runtime.remove(&config.task_id).await.unwrap();
+    let next = runtime.collect_garbage(&[]).await.unwrap();
+    assert!(
+        next.is_some_and(|next| next <= host.config.images.unused_for),
+        "{next:?}; is the disk nearly full?"
+    );
+    assert!(layers > 0);
+    assert_eq!(count(&host.config.root.join("layers")), layers);
 }

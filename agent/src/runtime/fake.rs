@@ -334,7 +334,7 @@ impl Runtime for FakeRuntime {
         Ok(Box::pin(futures::stream::iter([Ok(line)])))
     }
 
-    async fn collect_garbage(&self, keep: &[String]) -> Result<(), RuntimeError> {
+    async fn collect_garbage(&self, keep: &[String]) -> Result<Option<Duration>, RuntimeError> {
         self.begin(format!("collect garbage, keep {}", keep.join(",")))
             .await;
         self.change(|state| {
@@ -347,6 +347,6 @@ impl Runtime for FakeRuntime {
                 .images
                 .retain(|image| keep.contains(image) || used.contains(image));
         });
-        Ok(())
+        Ok(None)
     }
 }

@@ -242,6 +242,7 @@ pub trait Runtime: Send + Sync + 'static {
     /// The container's output; works after its end until it is removed.
     async fn logs(&self, task: &TaskId, options: LogOptions) -> Result<LogStream, RuntimeError>;
 
-    /// Drops images that no container uses and `keep` does not name, and unfinished downloads.
-    async fn collect_garbage(&self, keep: &[String]) -> Result<(), RuntimeError>;
+    /// Drops images that no container uses, `keep` does not name and that were not used for a
+    /// while, and unfinished downloads. Returns when the next image has been unused for so long.
+    async fn collect_garbage(&self, keep: &[String]) -> Result<Option<Duration>, RuntimeError>;
 }

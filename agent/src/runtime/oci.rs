@@ -36,6 +36,8 @@ const UNKNOWN_EXIT: Exit = Exit {
     code: 255,
     oom_killed: false,
 };
+/// With less than this share of the disk left, unused images go at once.
+const ROOM: f64 = 0.15;
 /// A shim answers at once; one that does not is stopped or ill.
 const SHIM_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -64,6 +66,9 @@ pub struct ImageLimits {
     pub layer_bytes: u64,
     /// Bytes of one layer unpacked.
     pub unpacked_bytes: u64,
+    /// How long one that nothing uses is kept, while the disk has room: the next start of it
+    /// needs neither its registry nor unpacking.
+    pub unused_for: Duration,
 }
 
 /// Where the runtime keeps its things, and its limits.
@@ -104,6 +109,7 @@ impl RuntimeConfig {
             images: ImageLimits {
                 layer_bytes: 16 << 30,
                 unpacked_bytes: 64 << 30,
+                unused_for: Duration::from_secs(3600),
             },
             cgroup_parent: "swarm".to_owned(),
         }
@@ -360,7 +366,13 @@ impl OciRuntime {
         }
         let engine = self.config.run.join("engine").join(task.as_str());
         let doomed = self.store.temporary();
+        let store = self.store.clone();
         tokio::task::spawn_blocking(move || {
+            if let Ok(shim) = super::shim::load(&dir)
+                && let Err(err) = store.used_until_now(&shim.image_config)
+            {
+                tracing::warn!(%err, "an image may be dropped early");
+            }
             cgroup::remove(&group)?;
             let remove = || {
                 remove_tree(&engine)?;
@@ -710,13 +722,14 @@ impl Runtime for OciRuntime {
         follow::stream(self.existing(task)?, options).await
     }
 
-    async fn collect_garbage(&self, keep: &[String]) -> Result<(), RuntimeError> {
+    async fn collect_garbage(&self, keep: &[String]) -> Result<Option<Duration>, RuntimeError> {
         let mut references = BTreeSet::new();
         for image in keep {
             references.insert(parse(image)?.whole());
         }
         let _images = self.images.write().await;
         let (store, dir) = (self.store.clone(), self.config.root.join("containers"));
+        let (root, unused_for) = (self.config.root.clone(), self.config.images.unused_for);
         let swept = blocking(move || {
             let (mut configs, mut layers) = (BTreeSet::new(), BTreeSet::new());
             for entry in fs::read_dir(dir)? {
@@ -725,10 +738,18 @@ impl Runtime for OciRuntime {
                     layers.extend(shim.diff_ids);
                 }
             }
-            store.sweep(&references, &configs, &layers)
+            let disk = nix::sys::statvfs::statvfs(&root)?;
+            // As df counts: without what the file system keeps for itself.
+            let left = disk.blocks_available() as f64;
+            let used = disk.blocks().saturating_sub(disk.blocks_free()) as f64;
+            let unused_for = match left < ROOM * (used + left) {
+                true => Duration::ZERO,
+                false => unused_for,
+            };
+            store.sweep(&references, &configs, &layers, unused_for)
         })
         .await?;
         tracing::debug!(?swept, "images collected");
-        Ok(())
+        Ok(swept.next)
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! blobs/sha256/HEX      manifests and configurations, as the registry sent them
 //! layers/ID/            one unpacked layer: `fs` (its files), `diff-id` (its full digest)
-//! images/HEX.json       one per reference: a [`Record`]
+//! images/HEX.json       one per reference: a [`Record`]; its time is when it was pulled or last used
 //! downloads/HEX.part    what has arrived of a layer; resumed, or dropped by garbage collection
 //! tmp/                  things being made; emptied at start
 //! ```
@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -56,6 +57,8 @@ pub(super) struct Swept {
     pub layers: usize,
     pub blobs: usize,
     pub downloads: usize,
+    /// When the next unused image is old enough to go.
+    pub next: Option<Duration>,
 }
 
 impl Store {
@@ -214,13 +217,25 @@ impl Store {
         })
     }
 
+    /// A container of the image with this configuration has ended being: until now it was in use.
+    pub fn used_until_now(&self, config: &str) -> io::Result<()> {
+        for (path, record) in self.records()? {
+            if record.config == config {
+                File::open(path)?.set_modified(SystemTime::now())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Drops every image that neither a reference in `keep` nor one of `used` (digests of
-    /// configurations) names, then all layers and blobs that no image and no container needs.
+    /// configurations) names and that nobody has used for so long, then all layers and blobs
+    /// that no image and no container needs.
     pub fn sweep(
         &self,
         keep: &BTreeSet<String>,
         used_configs: &BTreeSet<String>,
         used_layers: &BTreeSet<String>,
+        unused_for: Duration,
     ) -> io::Result<Swept> {
         let mut swept = Swept::default();
         let mut blobs: BTreeSet<String> = used_configs.clone();
@@ -229,7 +244,14 @@ impl Store {
             .map(|layer| Self::layer_name(layer).to_owned())
             .collect();
         for (path, record) in self.records()? {
-            if keep.contains(&record.reference) || used_configs.contains(&record.config) {
+            let used = keep.contains(&record.reference) || used_configs.contains(&record.config);
+            // A time in the future (the clock was set back) counts as now.
+            let age = fs::metadata(&path)?.modified()?.elapsed();
+            let left = unused_for.saturating_sub(age.unwrap_or_default());
+            if !used && !left.is_zero() {
+                swept.next = Some(swept.next.map_or(left, |next| next.min(left)));
+            }
+            if used || !left.is_zero() {
                 blobs.extend([record.manifest, record.config]);
                 layers.extend(
                     record
@@ -374,23 +396,50 @@ mod tests {
         fs::write(dir.path().join("downloads/x.part"), b"half").unwrap();
         let keep = BTreeSet::from(["r/kept:1".to_owned()]);
         let configs = BTreeSet::from([digest_of(b"four")]);
-        let swept = store.sweep(&keep, &configs, &BTreeSet::new()).unwrap();
+        let none = BTreeSet::new();
+        let sweep = || store.sweep(&keep, &configs, &none, Duration::ZERO).unwrap();
+        let swept = sweep();
         assert_eq!(
             swept,
             Swept {
                 images: 2,
                 layers: 1,
                 blobs: 2,
-                downloads: 1
+                downloads: 1,
+                next: None,
             }
         );
         assert!(store.find("r/kept:1").is_some());
         assert!(store.find("r/used:1").is_some());
         assert!(store.find("r/gone:1").is_none());
-        assert_eq!(
-            store.sweep(&keep, &configs, &BTreeSet::new()).unwrap(),
-            Swept::default()
-        );
+        assert_eq!(sweep(), Swept::default());
+    }
+
+    #[test]
+    fn an_image_stays_until_it_was_not_used_for_a_while() {
+        let (dir, store) = store_with(&[("r/a:1", "layer", b"config")]);
+        let none = BTreeSet::new();
+        let hour = Duration::from_secs(3600);
+        let sweep = || {
+            let swept = store.sweep(&none, &none, &none, hour).unwrap();
+            (swept.images, swept.next)
+        };
+        let (images, next) = sweep();
+        assert_eq!(images, 0);
+        assert!(next.unwrap() <= hour);
+        // Pulled long ago, and in use until now.
+        let path = store.record_path("r/a:1");
+        let aged = |ago: Duration| {
+            let then = SystemTime::now() - ago;
+            File::open(&path).unwrap().set_modified(then).unwrap();
+        };
+        aged(3 * hour);
+        store.used_until_now(&digest_of(b"config")).unwrap();
+        assert_eq!(sweep().0, 0);
+        aged(3 * hour);
+        store.used_until_now(&digest_of(b"another")).unwrap();
+        assert_eq!(sweep(), (1, None));
+        assert_eq!(fs::read_dir(dir.path().join("layers")).unwrap().count(), 0);
     }
 
     #[test]
