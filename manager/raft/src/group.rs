@@ -9,11 +9,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{
     ChangeMembershipError, ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError,
 };
 use openraft::{ChangeMembers, Instant as _, Raft, RaftMetrics, ReadPolicy};
+use parking_lot::Mutex;
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::store_action::Action;
 use swarm_proto::v1::{
@@ -68,6 +71,8 @@ pub(crate) struct Group {
     pub(crate) leadership: watch::Sender<Leadership>,
     /// Whether this member is in: `None` until that is known, then the refusal if it is refused.
     pub(crate) entered: watch::Sender<Option<Result<(), String>>>,
+    /// Reads that have asked for an index.
+    pub(crate) reads: Arc<ReadRounds>,
     /// Membership changes one at a time.
     pub(crate) one_change: Semaphore,
     pub(crate) stop: CancellationToken,
@@ -75,6 +80,7 @@ pub(crate) struct Group {
 }
 
 /// Why this member itself did not do what only a leader can.
+#[derive(Clone)]
 pub(crate) enum NotHere<E> {
     /// Another leads, at this address if known. Nothing has been done.
     Elsewhere(Option<String>),
@@ -87,6 +93,39 @@ enum NotThere<E> {
     /// Nothing has been done; perhaps the leader is at this address.
     TryAgain(String, Option<String>),
     Failed(E),
+}
+
+type ReadRound = Shared<BoxFuture<'static, Result<u64, NotHere<ReadError>>>>;
+
+/// Rounds of asking a quorum whether this one still leads. One at a time: whoever comes while one
+/// is under way may not use it, because it may have begun before what the reader knows of was
+/// committed. All that come meanwhile share the next.
+#[derive(Default)]
+pub(crate) struct ReadRounds {
+    /// The round that has not begun.
+    next: Mutex<Option<ReadRound>>,
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl ReadRounds {
+    /// The round to wait for; it runs while somebody does.
+    fn join(
+        self: &Arc<Self>,
+        ask: impl Future<Output = Result<u64, NotHere<ReadError>>> + Send + 'static,
+    ) -> ReadRound {
+        let rounds = self.clone();
+        let mut next = self.next.lock();
+        next.get_or_insert_with(|| {
+            let round = async move {
+                let _turn = rounds.turn.lock().await;
+                // From here on it is too late to join.
+                rounds.next.lock().take();
+                ask.await
+            };
+            round.boxed().shared()
+        })
+        .clone()
+    }
 }
 
 /// Waits between attempts: a little longer each time, or until something changes.
@@ -232,7 +271,18 @@ impl Group {
     // --- Reads -----------------------------------------------------------
 
     /// The index that a read must have applied, if this one leads.
-    pub(crate) async fn read_index_here(&self) -> Result<u64, NotHere<ReadError>> {
+    pub(crate) async fn read_index_here(self: &Arc<Self>) -> Result<u64, NotHere<ReadError>> {
+        let group = Arc::downgrade(self);
+        let ask = async move {
+            match group.upgrade() {
+                Some(group) => group.ask_for_read_index().await,
+                None => Err(NotHere::Failed(ReadError::Stopping)),
+            }
+        };
+        self.reads.join(ask).await
+    }
+
+    async fn ask_for_read_index(&self) -> Result<u64, NotHere<ReadError>> {
         let asked = self.raft.get_read_log_id(ReadPolicy::ReadIndex);
         let no_leader = |reason: String| Err(NotHere::Failed(ReadError::NoLeader(reason)));
         match tokio::time::timeout(READ_PATIENCE, asked).await {
@@ -256,7 +306,7 @@ impl Group {
             let mut client = self.pool.client(addr, Lane::Requests)?;
             client.read_index(ReadIndexRequest {}).await
         };
-        let answer = tokio::time::timeout(READ_PATIENCE * 2, call).await;
+        let answer = tokio::time::timeout(READ_PATIENCE * 3, call).await;
         match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
             Ok(answer) => Ok(answer.into_inner().index),
             // A read changes nothing: it can always be tried again.
@@ -264,7 +314,7 @@ impl Group {
         }
     }
 
-    pub(crate) async fn read(&self) -> Result<Arc<State>, ReadError> {
+    pub(crate) async fn read(self: &Arc<Self>) -> Result<Arc<State>, ReadError> {
         #[cfg(feature = "museum")]
         if swarm_proto::museum::on(swarm_proto::museum::Bug::OwnReplicaRead) {
             return Ok(self.store.state());
@@ -1052,6 +1102,40 @@ fn may_remove(members: &[Member], raft_id: u64) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn readers_share_the_round_that_has_not_begun_and_no_other() {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        let rounds: Arc<ReadRounds> = Arc::default();
+        let (begun, may_end) = (Arc::new(AtomicU64::new(0)), Arc::new(Semaphore::new(0)));
+        let read = || {
+            let (begun, may_end) = (begun.clone(), may_end.clone());
+            let round = rounds.join(async move {
+                let round = begun.fetch_add(1, Ordering::SeqCst) + 1;
+                drop(may_end.acquire().await);
+                Ok(round)
+            });
+            tokio::spawn(async move { round.await.ok() })
+        };
+        let settle = async || {
+            for _ in 0..20 {
+                tokio::task::yield_now().await;
+            }
+        };
+        let first = read();
+        settle().await;
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
+        // They came after it had begun, and one of them gives up.
+        let (second, third, gone) = (read(), read(), read());
+        settle().await;
+        assert_eq!(begun.load(Ordering::SeqCst), 1);
+        gone.abort();
+        may_end.add_permits(1);
+        assert_eq!(first.await.unwrap(), Some(1));
+        assert_eq!(second.await.unwrap(), Some(2));
+        assert_eq!(third.await.unwrap(), Some(2));
+        assert_eq!(read().await.unwrap(), Some(3));
+    }
 
     fn members(reachable: &[bool]) -> Vec<Member> {
         (1..)

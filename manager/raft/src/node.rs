@@ -285,6 +285,7 @@ impl RaftNode {
             pool,
             leadership: watch::Sender::default(),
             entered: watch::Sender::default(),
+            reads: Arc::default(),
             one_change: Semaphore::new(1),
             stop: CancellationToken::new(),
             fatal,

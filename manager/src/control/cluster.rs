@@ -32,7 +32,12 @@ impl Control {
             .spec
             .ok_or_else(|| Status::invalid_argument("the cluster's spec is missing"))?;
         validate::cluster_spec(&spec).map_err(error::invalid)?;
-        let state = self.state().await?;
+        let known = |state: &State| {
+            state
+                .cluster()
+                .is_some_and(|old| version_of(old.meta.as_ref()) == request.version)
+        };
+        let state = self.state_with(known).await?;
         let old = of(&state)?;
         if version_of(old.meta.as_ref()) != request.version {
             return Err(error::out_of_sequence());

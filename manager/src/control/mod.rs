@@ -98,6 +98,17 @@ impl Control {
         self.consensus.read().await.map_err(error::read)
     }
 
+    /// A state that has the version that an update expects. If this replica has it, nobody is
+    /// asked whether there is a newer one: apply compares the version once more, and what `has`
+    /// looks at is all that the update is decided from.
+    async fn state_with(&self, has: impl Fn(&State) -> bool) -> Result<Arc<State>, Status> {
+        let here = self.consensus.store().state();
+        if has(&here) {
+            return Ok(here);
+        }
+        self.state().await
+    }
+
     /// Commits the actions as one transaction.
     async fn propose(&self, actions: Vec<StoreAction>) -> Result<u64, ProposeError> {
         self.consensus

@@ -92,7 +92,13 @@ impl Control {
             .spec
             .ok_or_else(|| Status::invalid_argument("the service's spec is missing"))?;
         validate::service_spec(&spec).map_err(error::invalid)?;
-        let state = self.state().await?;
+        let known = |state: &State| {
+            state.service(&request.service_id).is_some_and(|old| {
+                version_of(old.meta.as_ref()) == request.version
+                    && same_surroundings(old.spec.as_ref(), &spec)
+            })
+        };
+        let state = self.state_with(known).await?;
         let id = service_id(&state, &request.service_id)?;
         let old = written(state.service(&id), "service", &id)?;
         if version_of(old.meta.as_ref()) != request.version {
@@ -227,6 +233,21 @@ fn resolve_networks(state: &State, spec: &mut ServiceSpec) -> Result<(), Status>
         network.target = id;
     }
     Ok(())
+}
+
+/// Whether a new spec asks nothing of other objects that the old one has not asked: the same
+/// networks by their IDs, the same host ports. Then no other object has to be looked at.
+fn same_surroundings(old: Option<&ServiceSpec>, new: &ServiceSpec) -> bool {
+    let networks = |spec: &ServiceSpec| -> Vec<String> {
+        let task = spec.task.as_ref();
+        let networks = task.map_or(&[][..], |task| &task.networks);
+        networks.iter().map(|n| n.target.clone()).collect()
+    };
+    old.is_some_and(|old| {
+        networks(old) == networks(new)
+            && host_ports(old) == host_ports(new)
+            && is_everywhere(old) == is_everywhere(new)
+    })
 }
 
 /// An update without credentials keeps those that are stored, unless the image
