@@ -4,13 +4,16 @@
 //! so it is bounded by the number of tasks. States only rise: a newer status
 //! replaces one that was not sent yet. After a reconnect everything that is
 //! unacknowledged is sent again; merging is idempotent.
+//!
+//! What only says how far a start is waits while a report is on its way, and is
+//! mostly overtaken by what follows: it would cost a write of the raft group each.
 
 use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
 use prost::Message as _;
 use swarm_proto::TaskId;
-use swarm_proto::v1::{StatusReport, TaskStatus, TaskStatusUpdate};
+use swarm_proto::v1::{StatusReport, TaskState, TaskStatus, TaskStatusUpdate};
 use tokio::sync::Notify;
 
 /// Encoded bytes of updates in one report; far below the message limit.
@@ -53,6 +56,8 @@ impl Reporter {
     /// A manager has committed everything up to this sequence of this session.
     pub fn acknowledged(&self, sequence: u64) {
         self.queue.lock().acknowledged(sequence);
+        // What has waited for it.
+        self.changed.notify_one();
     }
 
     /// A new session begins: everything unacknowledged is sent again.
@@ -84,6 +89,16 @@ struct Queue {
     unsent: BTreeMap<u64, TaskId>,
     next_order: u64,
     last_sequence: u64,
+    /// Of the newest report that was acknowledged in this session.
+    acked_sequence: u64,
+}
+
+/// Whether somebody may act on this status. ACCEPTED, PREPARING and STARTING only tell people what goes on.
+fn urgent(status: &TaskStatus) -> bool {
+    !matches!(
+        status.state(),
+        TaskState::Accepted | TaskState::Preparing | TaskState::Starting
+    ) || status.reason.is_some()
 }
 
 impl Queue {
@@ -112,7 +127,13 @@ impl Queue {
     }
 
     fn next_report(&mut self) -> Option<StatusReport> {
-        if self.unsent.is_empty() {
+        let on_its_way = self.acked_sequence < self.last_sequence;
+        let mut unsent = self.unsent.values().filter_map(|id| self.entries.get(id));
+        let may_go = match on_its_way {
+            true => unsent.any(|entry| urgent(&entry.status)),
+            false => unsent.next().is_some(),
+        };
+        if !may_go {
             return None;
         }
         let sequence = self.last_sequence + 1;
@@ -140,12 +161,14 @@ impl Queue {
     }
 
     fn acknowledged(&mut self, sequence: u64) {
+        self.acked_sequence = self.acked_sequence.max(sequence);
         self.entries
             .retain(|_, entry| entry.sent_in.is_none_or(|sent| sent > sequence));
     }
 
     fn restart(&mut self) {
         self.last_sequence = 0;
+        self.acked_sequence = 0;
         for (task, entry) in &mut self.entries {
             entry.sent_in = None;
             self.unsent.insert(entry.order, task.clone());
@@ -178,6 +201,34 @@ mod tests {
         let sent = report.updates[0].status.as_ref().unwrap();
         assert_eq!(sent.state, TaskState::Running as i32);
         assert_eq!(queue.next_report(), None);
+    }
+
+    #[test]
+    fn progress_waits_for_the_report_on_its_way_and_what_matters_does_not() {
+        let mut queue = Queue::default();
+        let (a, b) = (TaskId::from("a"), TaskId::from("b"));
+        queue.push(&a, status(TaskState::Preparing));
+        let first = queue.next_report().unwrap();
+        queue.push(&b, status(TaskState::Preparing));
+        queue.push(&a, status(TaskState::Starting));
+        assert_eq!(queue.next_report(), None);
+        queue.push(&a, status(TaskState::Running));
+        let second = queue.next_report().unwrap();
+        let said = |report: &StatusReport| -> Vec<(String, i32)> {
+            let updates = report.updates.iter();
+            let state = |update: &TaskStatusUpdate| update.status.as_ref().unwrap().state;
+            updates.map(|u| (u.task_id.clone(), state(u))).collect()
+        };
+        let (preparing, running) = (TaskState::Preparing as i32, TaskState::Running as i32);
+        assert_eq!(
+            said(&second),
+            [("b".to_owned(), preparing), ("a".to_owned(), running)]
+        );
+        queue.push(&b, status(TaskState::Starting));
+        queue.acknowledged(first.sequence);
+        assert_eq!(queue.next_report(), None);
+        queue.acknowledged(second.sequence);
+        assert_eq!(said(&queue.next_report().unwrap()).len(), 1);
     }
 
     #[test]
