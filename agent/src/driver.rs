@@ -289,7 +289,7 @@ impl Driver {
             Action::CancelPrepare => self.prepare.cancel(),
             Action::Pull => {
                 let (cancel, slot) = (self.prepare.clone(), self.image.clone());
-                self.step(async move {
+                self.step("pull", async move {
                     let guard = deps.images.lock.clone().read_owned().await;
                     *slot.lock() = Some(guard);
                     tokio::select! {
@@ -303,7 +303,7 @@ impl Driver {
             }
             Action::EnsureSandbox { patient } => {
                 let (cancel, slot) = (self.prepare.clone(), self.sandbox.clone());
-                self.step(async move {
+                self.step("sandbox", async move {
                     Done::Event(match sandbox(&deps, &task, patient, &cancel).await {
                         None => Event::SandboxAbandoned,
                         Some(Ok(sandbox)) => {
@@ -317,14 +317,14 @@ impl Driver {
             }
             Action::Create => {
                 let sandbox = self.sandbox.lock().clone();
-                self.step(async move {
+                self.step("create", async move {
                     Done::Event(match create(&deps, &task, sandbox).await {
                         Ok(()) => Event::Created,
                         Err(failure) => Event::PrepareFailed(Prepare::Container, failure),
                     })
                 });
             }
-            Action::Start => self.step(async move {
+            Action::Start => self.step("start", async move {
                 Done::Event(match deps.runtime.start(&id).await {
                     Ok(pid) => Event::Started(pid),
                     Err(error) => Event::StartFailed(runtime_failure("start-failed", &error)),
@@ -332,7 +332,7 @@ impl Driver {
             }),
             Action::Watch => {
                 let stop = self.stop.clone();
-                self.step(async move {
+                self.step("watch", async move {
                     tokio::select! {
                         () = stop.cancelled() => Done::Nothing,
                         exit = watch_exit(&deps, &id) => Done::Event(exit),
@@ -341,7 +341,7 @@ impl Driver {
             }
             Action::CheckHealth { passed } => {
                 let running = self.running.clone();
-                self.step(async move {
+                self.step("health", async move {
                     tokio::select! {
                         () = running.cancelled() => Done::Nothing,
                         event = health(&deps, &task, passed) => Done::Event(event),
@@ -351,7 +351,7 @@ impl Driver {
             Action::Stop { attempt } => {
                 self.running.cancel();
                 let stop = self.stop.clone();
-                self.step(async move {
+                self.step("stop", async move {
                     if !pause(attempt, &stop).await {
                         return Done::Nothing;
                     }
@@ -369,7 +369,7 @@ impl Driver {
             }
             Action::RemoveSandbox => {
                 let stop = self.stop.clone();
-                self.step(async move {
+                self.step("remove sandbox", async move {
                     for attempt in 0.. {
                         if !pause(attempt, &stop).await {
                             break;
@@ -386,7 +386,7 @@ impl Driver {
             }
             Action::RemoveContainer => {
                 let stop = self.stop.clone();
-                self.step(async move {
+                self.step("remove container", async move {
                     for attempt in 0.. {
                         if !pause(attempt, &stop).await {
                             break;
@@ -403,7 +403,7 @@ impl Driver {
                     Done::Nothing
                 });
             }
-            Action::Forget => self.step(async move {
+            Action::Forget => self.step("forget", async move {
                 let mut batch = WriteBatch::default();
                 batch.remove_task(&id);
                 if let Err(error) = deps.local.commit(batch).await {
@@ -414,8 +414,17 @@ impl Driver {
         }
     }
 
-    fn step(&mut self, step: impl Future<Output = Done> + Send + 'static) {
-        self.steps.push(Box::pin(step));
+    fn step(&mut self, name: &'static str, step: impl Future<Output = Done> + Send + 'static) {
+        self.steps.push(Box::pin(async move {
+            let begin = Instant::now();
+            let done = step.await;
+            tracing::debug!(
+                step = name,
+                took_ms = begin.elapsed().as_secs_f64() * 1e3,
+                "done"
+            );
+            done
+        }));
     }
 
     /// One write at a time, so that an older record never replaces a newer one.
@@ -435,7 +444,7 @@ impl Driver {
         let mut batch = WriteBatch::default();
         batch.record(&self.id, &record);
         let local = self.deps.local.clone();
-        self.step(async move {
+        self.step("save", async move {
             let result = local.commit(batch).await.map_err(|error| Failure {
                 code: "local-store",
                 text: format!("this node cannot save the task: {error}"),
