@@ -43,6 +43,9 @@ pub struct Lab {
     managers: usize,
     switch: i32,
     hosts: BTreeMap<String, Host>,
+    /// How long forming took, for whoever made it.
+    #[serde(skip)]
+    formed_in: Option<Duration>,
 }
 
 /// One host.
@@ -132,6 +135,7 @@ impl Lab {
             managers: config.managers,
             switch: 0,
             hosts: BTreeMap::new(),
+            formed_in: None,
         };
         let made = lab.build(config);
         if let Err(error) = made {
@@ -155,6 +159,7 @@ impl Lab {
             self.add_host(number)?;
         }
         let names: Vec<String> = self.hosts();
+        let begin = Instant::now();
         for name in &names {
             self.start(name)?;
         }
@@ -176,7 +181,16 @@ impl Lab {
                 &["join", "--token", token.trim(), &format!("{addr}:2377")],
             )?;
         }
-        self.wait_ready(Duration::from_secs(60))
+        self.wait_ready(Duration::from_secs(60))?;
+        self.formed_in = Some(begin.elapsed());
+        Ok(())
+    }
+
+    /// From the start of the first swarmd until all nodes were Ready; `None` if this process has
+    /// not formed the cluster.
+    #[must_use]
+    pub fn formed_in(&self) -> Option<Duration> {
+        self.formed_in
     }
 
     /// The lab that is up.

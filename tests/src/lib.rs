@@ -3,5 +3,6 @@
 //! [`lab`] makes and removes the hosts; `deploy/lab` is its command line, and
 //! the cluster tests and benches use it as a library, through [`cluster`].
 
+pub mod bench;
 pub mod cluster;
 pub mod lab;
