@@ -175,11 +175,21 @@ fn version_of(meta: Option<&Meta>) -> u64 {
         .map_or(0, |version| version.index)
 }
 
-/// An object that a transaction just wrote is there unless somebody removed it at once.
-fn written<T: Clone>(found: Option<&Arc<T>>, kind: &str, id: &str) -> Result<T, Status> {
-    found
+/// An object whose ID was just resolved.
+fn found<T: Clone>(object: Option<&Arc<T>>, kind: &str, id: &str) -> Result<T, Status> {
+    object
         .map(|object| T::clone(object))
         .ok_or_else(|| Status::not_found(format!("{kind} {id} not found")))
+}
+
+/// An object that a transaction just wrote is there unless somebody removed it at once. That
+/// is no "not found": others may have seen what was written.
+fn written<T: Clone>(object: Option<&Arc<T>>, kind: &str, id: &str) -> Result<T, Status> {
+    object.map(|object| T::clone(object)).ok_or_else(|| {
+        Status::unknown(format!(
+            "{kind} {id} was written, and removed by somebody else at once"
+        ))
+    })
 }
 
 /// An answer that fits into one message, or a sentence that says what to do about it.
@@ -360,5 +370,21 @@ impl ControlApi for Control {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         self.watch(request.into_inner()).await.map(Response::new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[test]
+    fn what_was_written_and_is_gone_already_is_not_said_to_be_unwritten() {
+        // Somebody may have read it meanwhile: "not found" would say that this never was.
+        let gone = written::<Service>(None, "service", "s1").unwrap_err();
+        assert_eq!(gone.code(), Code::Unknown, "{gone}");
+        let never = found::<Service>(None, "service", "s1").unwrap_err();
+        assert_eq!(never.code(), Code::NotFound, "{never}");
     }
 }

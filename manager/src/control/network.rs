@@ -14,7 +14,7 @@ use swarm_store::State;
 use tonic::Status;
 
 use super::filter::{NameMatch, any_of, passes};
-use super::{Control, bounded, create, error, remove, service, validate, written};
+use super::{Control, bounded, create, error, found, remove, service, validate, written};
 
 impl Control {
     pub(super) async fn get_network(
@@ -23,7 +23,7 @@ impl Control {
     ) -> Result<NetworkDetail, Status> {
         let state = self.state().await?;
         let id = network_id(&state, &request.r#ref)?;
-        let network = Some(written(state.network(&id), "network", &id)?);
+        let network = Some(found(state.network(&id), "network", &id)?);
         if !request.verbose {
             return Ok(NetworkDetail {
                 network,

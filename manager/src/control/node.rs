@@ -15,7 +15,8 @@ use tonic::Status;
 
 use super::filter::{NameMatch, any_of, has_labels, passes};
 use super::{
-    Control, bounded, cluster, error, expecting, remove, update, validate, version_of, written,
+    Control, bounded, cluster, error, expecting, found, remove, update, validate, version_of,
+    written,
 };
 use crate::clock::{since_epoch, span, timestamp};
 
@@ -28,7 +29,7 @@ impl Control {
     pub(super) async fn get_node(&self, request: GetNodeRequest) -> Result<Node, Status> {
         let state = self.state().await?;
         let id = node_id(&state, &request.r#ref)?;
-        let mut node = written(state.node(&id), "node", &id)?;
+        let mut node = found(state.node(&id), "node", &id)?;
         self.observe(std::slice::from_mut(&mut node)).await?;
         Ok(node)
     }
@@ -55,7 +56,7 @@ impl Control {
         validate::node_spec(&spec).map_err(error::invalid)?;
         let state = self.state().await?;
         let id = node_id(&state, &request.node_id)?;
-        let old = written(state.node(&id), "node", &id)?;
+        let old = found(state.node(&id), "node", &id)?;
         if version_of(old.meta.as_ref()) != request.version {
             return Err(error::out_of_sequence());
         }
@@ -102,7 +103,7 @@ impl Control {
     ) -> Result<RemoveNodeResponse, Status> {
         let state = self.state().await?;
         let id = node_id(&state, &request.r#ref)?;
-        let node = written(state.node(&id), "node", &id)?;
+        let node = found(state.node(&id), "node", &id)?;
         may_remove(&node, &request.r#ref, request.force).map_err(Status::failed_precondition)?;
         let refused = self.with_refused(cluster::of(&state)?, &id);
         let expected = version_of(node.meta.as_ref());

@@ -16,15 +16,15 @@ use tonic::Status;
 use super::filter::{NameMatch, any_of, passes};
 use super::validate::ImageRef;
 use super::{
-    Control, bounded, create, error, expecting, redact, remove, update, validate, version_of,
-    written,
+    Control, bounded, create, error, expecting, found, redact, remove, update, validate,
+    version_of, written,
 };
 
 impl Control {
     pub(super) async fn get_service(&self, request: GetServiceRequest) -> Result<Service, Status> {
         let state = self.state().await?;
         let id = service_id(&state, &request.r#ref)?;
-        shown(&state, &id)
+        found(state.service(&id), "service", &id).map(shown)
     }
 
     pub(super) async fn list_services(
@@ -79,7 +79,7 @@ impl Control {
             .write(vec![create(object::Object::Service(new))])
             .await?;
         Ok(CreateServiceResponse {
-            service: Some(shown(&state, &id)?),
+            service: Some(shown(written(state.service(&id), "service", &id)?)),
             warnings: Vec::new(),
         })
     }
@@ -100,7 +100,7 @@ impl Control {
         };
         let state = self.state_with(known).await?;
         let id = service_id(&state, &request.service_id)?;
-        let old = written(state.service(&id), "service", &id)?;
+        let old = found(state.service(&id), "service", &id)?;
         if version_of(old.meta.as_ref()) != request.version {
             return Err(error::out_of_sequence());
         }
@@ -123,7 +123,7 @@ impl Control {
         let state = self
             .write(vec![update(object::Object::Service(new))])
             .await?;
-        shown(&state, &id)
+        written(state.service(&id), "service", &id).map(shown)
     }
 
     pub(super) async fn remove_service(
@@ -144,10 +144,9 @@ fn service_id(state: &State, reference: &str) -> Result<String, Status> {
         .map_err(error::resolve)
 }
 
-fn shown(state: &State, id: &str) -> Result<Service, Status> {
-    let mut service = written(state.service(id), "service", id)?;
+fn shown(mut service: Service) -> Service {
     redact::service(&mut service);
-    Ok(service)
+    service
 }
 
 /// The service's name.

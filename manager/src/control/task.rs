@@ -11,7 +11,7 @@ use swarm_store::State;
 use tonic::Status;
 
 use super::filter::{NameMatch, any_of, passes};
-use super::{Control, bounded, error, redact, written};
+use super::{Control, bounded, error, found, redact};
 
 impl Control {
     pub(super) async fn get_task(&self, request: GetTaskRequest) -> Result<Task, Status> {
@@ -19,7 +19,7 @@ impl Control {
         let id = state
             .resolve(ObjectKind::Task, &request.r#ref)
             .map_err(error::resolve)?;
-        let mut task = written(state.task(&id), "task", &id)?;
+        let mut task = found(state.task(&id), "task", &id)?;
         redact::task(&mut task);
         Ok(task)
     }
