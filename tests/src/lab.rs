@@ -25,6 +25,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use crate::faults::{self, Skew};
+
 /// Everything of the lab is below this directory.
 pub const LAB_DIR: &str = "/var/lib/swarm-lab";
 /// The images, kept between labs because making them takes a while.
@@ -346,6 +348,13 @@ impl Lab {
             .append(true)
             .open(&log_path)?;
         let mut command = self.command(host, "swarmd")?;
+        // Binaries built without the library run without it; then its faults are refused.
+        if let Ok(library) = faults::library(&self.bin_dir) {
+            faults::prepare(&faults_file(host))?;
+            command
+                .env("LD_PRELOAD", library)
+                .env(faults::control::VARIABLE, faults_file(host));
+        }
         command
             .env(
                 "RUST_LOG",
@@ -408,23 +417,100 @@ impl Lab {
     /// # Errors
     /// There is no such host.
     pub fn cut(&self, a: &str, b: &str) -> Result<()> {
-        self.host(a)?;
-        self.host(b)?;
-        ensure!(a != b, "a host cannot be cut off from itself");
+        self.cut_one_way(a, b)?;
+        self.cut_one_way(b, a)
+    }
+
+    /// Drops every packet that `from` sends to `to`; the other way stays open.
+    ///
+    /// # Errors
+    /// There is no such host.
+    pub fn cut_one_way(&self, from: &str, to: &str) -> Result<()> {
+        self.host(from)?;
+        self.host(to)?;
+        ensure!(from != to, "a host cannot be cut off from itself");
         self.in_switch(&format!(
             "nft add table bridge lab && \
              nft add chain bridge lab forward '{{ type filter hook forward priority 0; }}' && \
-             nft add rule bridge lab forward iifname {a} oifname {b} drop && \
-             nft add rule bridge lab forward iifname {b} oifname {a} drop"
+             nft add rule bridge lab forward iifname {from} oifname {to} drop"
         ))
     }
 
-    /// Undoes all cuts.
+    /// Loses this share (see [`faults::parse_percent`]) of the packets that a host sends,
+    /// and of those it is sent, at random. Takes the place of an earlier share.
     ///
     /// # Errors
-    /// `nft` failed.
+    /// There is no such host.
+    pub fn lose(&self, host: &str, share: u32) -> Result<()> {
+        self.host(host)?;
+        ensure!(
+            (1..=10_000).contains(&share),
+            "a share is between 1 and 10000"
+        );
+        // Not netem, which many kernels are built without.
+        let lost = format!("numgen random mod 10000 <= {} drop", share - 1);
+        let mut script = "nft add table bridge lab".to_owned();
+        for (hook, way) in [("prerouting", "iifname"), ("postrouting", "oifname")] {
+            let chain = format!("{hook}-{host}");
+            script += &format!(
+                " && nft add chain bridge lab {chain} '{{ type filter hook {hook} priority 0; }}' \
+                  && nft flush chain bridge lab {chain} \
+                  && nft add rule bridge lab {chain} {way} {host} '{lost}'"
+            );
+        }
+        self.in_switch(&script)
+    }
+
+    /// Lets each fsync and fdatasync of the host's swarmd take so much longer.
+    ///
+    /// # Errors
+    /// There is no such host, the delay is above a minute, or the library is not built.
+    pub fn slow_disk(&self, host: &str, delay: Duration) -> Result<()> {
+        faults::set_sync_delay(&self.faults(host)?, delay)
+    }
+
+    /// Lets the host's state directory have no space left: every write to a file in it fails.
+    ///
+    /// # Errors
+    /// There is no such host, or the library is not built.
+    pub fn full_disk(&self, host: &str) -> Result<()> {
+        faults::set_full(&self.faults(host)?, true)
+    }
+
+    /// Lets the wall clock of the host's swarmd be wrong.
+    ///
+    /// # Errors
+    /// There is no such host, or the library is not built.
+    pub fn skew(&self, host: &str, skew: Skew) -> Result<()> {
+        faults::set_skew(&self.faults(host)?, skew)
+    }
+
+    /// The control file of the faults inside a host's swarmd.
+    fn faults(&self, host: &str) -> Result<PathBuf> {
+        self.host(host)?;
+        faults::library(&self.bin_dir)?;
+        let path = faults_file(host);
+        ensure!(
+            path.exists(),
+            "swarmd of {host} was started without the library of faults: stop and start it"
+        );
+        Ok(path)
+    }
+
+    /// Undoes all cuts, losses, and faults of disks and clocks.
+    ///
+    /// # Errors
+    /// `nft` failed, or a file cannot be written; the rest is undone all the same.
     pub fn heal(&self) -> Result<()> {
-        self.in_switch("nft add table bridge lab && nft delete table bridge lab")
+        let network = self.in_switch("nft add table bridge lab && nft delete table bridge lab");
+        let hosts = self.hosts();
+        let files = hosts.iter().map(|host| faults_file(host));
+        let cleared: Vec<_> = files
+            .filter(|file| file.exists())
+            .map(|file| faults::clear(&file))
+            .collect();
+        cleared.into_iter().collect::<Result<()>>()?;
+        network
     }
 
     /// PID of the host's swarmd.
@@ -679,6 +765,11 @@ fn state_file() -> PathBuf {
 #[must_use]
 pub fn host_dir(host: &str) -> PathBuf {
     Path::new(LAB_DIR).join(host)
+}
+
+/// What the host's swarmd reads its faults from.
+fn faults_file(host: &str) -> PathBuf {
+    host_dir(host).join("faults")
 }
 
 /// Starts a process that sleeps in namespaces of its own, with `binds` (source, target) mounted.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use swarm_tests::faults::{parse_percent, parse_span};
 use swarm_tests::lab::{Lab, LabConfig, images};
 
 /// A cluster on one machine: hosts in network namespaces, joined by a switch.
@@ -68,8 +69,38 @@ enum Verb {
         a: String,
         /// The other
         b: String,
+        /// Only the packets that the first one sends to the second
+        #[arg(long)]
+        one_way: bool,
     },
-    /// Undo all cuts
+    /// Lose some of the packets that a host sends and is sent, at random
+    Loss {
+        /// h1, h2…
+        host: String,
+        /// How many: 5%
+        share: String,
+    },
+    /// Let each fsync of a host's swarmd take longer
+    SlowDisk {
+        /// h1, h2…
+        host: String,
+        /// By how much: 200ms
+        delay: String,
+    },
+    /// Let a host's state directory have no space left
+    FullDisk {
+        /// h1, h2…
+        host: String,
+    },
+    /// Let the wall clock of a host's swarmd be wrong
+    Skew {
+        /// h1, h2…
+        host: String,
+        /// By how much: +90s is ahead, -90s behind
+        #[arg(allow_hyphen_values = true)]
+        by: String,
+    },
+    /// Undo all cuts, losses, and faults of disks and clocks
     Heal,
     /// What the registry serves
     Image {
@@ -121,7 +152,20 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Start { host } => Lab::open()?.start(&host)?,
         Verb::Pause { host } => Lab::open()?.pause(&host)?,
         Verb::Resume { host } => Lab::open()?.resume(&host)?,
-        Verb::Cut { a, b } => Lab::open()?.cut(&a, &b)?,
+        Verb::Cut {
+            a,
+            b,
+            one_way: false,
+        } => Lab::open()?.cut(&a, &b)?,
+        Verb::Cut {
+            a,
+            b,
+            one_way: true,
+        } => Lab::open()?.cut_one_way(&a, &b)?,
+        Verb::Loss { host, share } => Lab::open()?.lose(&host, parse_percent(&share)?)?,
+        Verb::SlowDisk { host, delay } => Lab::open()?.slow_disk(&host, parse_span(&delay)?)?,
+        Verb::FullDisk { host } => Lab::open()?.full_disk(&host)?,
+        Verb::Skew { host, by } => Lab::open()?.skew(&host, by.parse()?)?,
         Verb::Heal => Lab::open()?.heal()?,
         Verb::Image {
             verb: ImageVerb::Ls,
