@@ -6,4 +6,6 @@
 pub mod bench;
 pub mod cluster;
 pub mod faults;
+pub mod fire;
 pub mod lab;
+pub mod linearize;
