@@ -9,6 +9,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest as _, Sha256};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::cert::CertError;
@@ -22,6 +23,9 @@ const TAG_DATA_KEY: &str = "SWARM DATA KEY";
 const TAG_ROOT: &str = "SWARM ROOT CERTIFICATE";
 const TAG_CERTIFICATE: &str = "CERTIFICATE";
 const TAG_KEY: &str = "PRIVATE KEY";
+/// The last block: SHA-256 of everything before it. A flipped bit in a data key would otherwise
+/// only show as a log that does not open.
+const TAG_CHECKSUM: &str = "SWARM CHECKSUM";
 
 /// The key that the raft log and its snapshots are encrypted with on disk.
 #[derive(Clone, PartialEq, Eq)]
@@ -220,6 +224,8 @@ fn encode(stored: &Stored) -> Result<Zeroizing<Vec<u8>>, CertError> {
     for der in cert::chain_from_pem(material.root_pem.as_bytes())? {
         put(TAG_ROOT, der.to_vec());
     }
+    let sum = cert::to_pem(TAG_CHECKSUM, &Sha256::digest(&*text));
+    text.extend_from_slice(sum.as_bytes());
     Ok(text)
 }
 
@@ -228,6 +234,16 @@ fn decode(text: &[u8]) -> Result<Stored, IdentityError> {
         what: "key file",
         reason: reason.to_owned(),
     };
+    let begin = format!("-----BEGIN {TAG_CHECKSUM}-----");
+    let end = text
+        .windows(begin.len())
+        .rposition(|here| here == begin.as_bytes())
+        .ok_or_else(|| damaged("its end is missing"))?;
+    let (text, sum) = text.split_at(end);
+    let sum = pem::parse(sum).map_err(|error| damaged(&error.to_string()))?;
+    if sum.contents() != Sha256::digest(text).as_slice() {
+        return Err(damaged("it is not as it was written").into());
+    }
     let blocks = pem::parse_many(text).map_err(|error| damaged(&error.to_string()))?;
     let joined = |tag: &str, as_tag: &str| {
         blocks
@@ -303,6 +319,31 @@ mod tests {
             let error = store.load().unwrap_err().to_string();
             assert!(error.contains("swarm-node.pem is damaged"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_found_or_does_no_harm() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = KeyStore::new(directory.path());
+        let before = stored();
+        store.save(&before).unwrap();
+        let whole = fs::read(store.path()).unwrap();
+        let mut found = 0;
+        for place in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[place] ^= 1 << (place % 8);
+            match decode(&damaged) {
+                Err(_) => found += 1,
+                // In the white space around the checksum.
+                Ok(after) => {
+                    assert_eq!(after.data_key, before.data_key);
+                    assert_eq!(after.material.chain_pem, before.material.chain_pem);
+                    assert_eq!(*after.material.key_pem, *before.material.key_pem);
+                    assert_eq!(after.material.root_pem, before.material.root_pem);
+                }
+            }
+        }
+        assert!(found > whole.len() - 20, "{found} of {}", whole.len());
     }
 
     #[test]
