@@ -6,6 +6,11 @@
 //! 6 KiB over several keys: a page that outgrows 128 KiB would become a blob
 //! that is never synced. After a failed write nothing more is written, because
 //! what the disk holds is no longer known; running tasks are left alone.
+//!
+//! A damaged database can show older versions of some of its pages, or of all: a
+//! task that was started would be started again. So every commit also writes a sum
+//! over all keys and values, and the number of commits, of which a small file beside
+//! the database knows how far they were durable.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -14,7 +19,8 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 use prost::Message;
-use swarm_disk::{Changes, Database, DatabaseError, Disk, Threads, Tree, Worker};
+use sha2::{Digest as _, Sha256};
+use swarm_disk::{Changes, Database, DatabaseError, Disk, File, Threads, Tree, Worker};
 use swarm_proto::v1::{EndpointEntry, Network, ServiceEntry, SessionInfo, Task, TaskStatus};
 use swarm_proto::{NetworkId, ServiceId, TaskId};
 use tokio::sync::{mpsc, oneshot};
@@ -28,6 +34,8 @@ const FORMAT: u8 = 1;
 const PART: usize = 6 << 10;
 /// Of the database.
 const CACHE_BYTES: u64 = 16 << 20;
+/// The record with the sum of all others.
+const SUM: &str = "m/sum";
 /// Commits waiting for the writer; a task waits when there are more.
 const PENDING_MAX: usize = 256;
 
@@ -255,10 +263,17 @@ impl LocalStore {
         let db = opened.map_err(|error| failed("open", &path, error))?;
         let tree = db.tree(None);
         let tree = tree.map_err(|error| failed("open", &path, error))?;
-        let state = read_all(&*tree, &path)?;
+        let (state, sum) = read_all(&*tree, &path)?;
+        let mark = open_mark(disk, &dir, sum.commits).await?;
         let (queue, commits) = mpsc::channel(PENDING_MAX);
+        let written = Written {
+            db,
+            tree,
+            mark,
+            sum,
+        };
         let worker = threads
-            .start("agent-store", write_loop(db, tree, path, commits))
+            .start("agent-store", write_loop(written, path, commits))
             .map_err(|error| failed("start writer of", &dir, error.into()))?;
         let store = Self {
             writer: Arc::new(Writer {
@@ -327,12 +342,94 @@ fn put_parts(batch: &mut Changes, key: &str, value: &[u8]) -> u16 {
     parts
 }
 
-async fn write_loop(
+/// Over all records but itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sum {
+    commits: u64,
+    total: u128,
+}
+
+impl Sum {
+    fn add(&mut self, key: &[u8], value: &[u8]) {
+        self.total = self.total.wrapping_add(digest(key, value));
+    }
+
+    fn subtract(&mut self, key: &[u8], value: &[u8]) {
+        self.total = self.total.wrapping_sub(digest(key, value));
+    }
+
+    fn encode(self) -> Vec<u8> {
+        let (commits, total) = (self.commits.to_be_bytes(), self.total.to_be_bytes());
+        [&commits[..], &total].concat()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (commits, total) = bytes.split_first_chunk()?;
+        Some(Self {
+            commits: u64::from_be_bytes(*commits),
+            total: u128::from_be_bytes(total.try_into().ok()?),
+        })
+    }
+}
+
+fn digest(key: &[u8], value: &[u8]) -> u128 {
+    let mut hash = Sha256::new();
+    hash.update((key.len() as u64).to_be_bytes());
+    hash.update(key);
+    hash.update(value);
+    let hash = hash.finalize();
+    u128::from_be_bytes(*hash.first_chunk().expect("it has 32 bytes"))
+}
+
+/// Number of commits that were durable, with its own digest.
+fn mark(commits: u64) -> Vec<u8> {
+    let commits = commits.to_be_bytes();
+    [&commits[..], &digest(b"mark", &commits).to_be_bytes()].concat()
+}
+
+/// The file beside the database that says how many commits were durable; refused when the database
+/// has fewer.
+async fn open_mark(disk: &dyn Disk, dir: &Path, commits: u64) -> Result<Box<dyn File>, LocalError> {
+    let path = dir.join("mark");
+    let io = |step, error: std::io::Error| failed(step, &path, error.into());
+    let corrupt = |reason: String| LocalError::Corrupt {
+        path: path.clone(),
+        reason,
+    };
+    if disk.exists(&path) {
+        let content = disk.read(&path).map_err(|error| io("read", error))?;
+        let durable = content
+            .first_chunk()
+            .map(|bytes| u64::from_be_bytes(*bytes));
+        let durable = durable.filter(|durable| mark(*durable) == content);
+        let durable = durable.ok_or_else(|| corrupt("it is damaged".to_owned()))?;
+        if commits < durable {
+            return Err(LocalError::Corrupt {
+                path: dir.join("db"),
+                reason: format!("it ends at commit {commits}, but commit {durable} was durable"),
+            });
+        }
+    } else if commits > 0 {
+        return Err(corrupt("it is missing beside a database".to_owned()));
+    } else {
+        // Whole before there is anything to lose; then overwritten in its place, within one sector.
+        let aside = dir.join("mark.new");
+        swarm_disk::replace(disk, &path, &aside, &[&mark(0)])
+            .await
+            .map_err(|error| io("write", error))?;
+    }
+    disk.open(&path).map_err(|error| io("open", error))
+}
+
+/// What the writer writes to.
+struct Written {
     db: Arc<dyn Database>,
     tree: Box<dyn Tree>,
-    path: PathBuf,
-    mut commits: mpsc::Receiver<Commit>,
-) {
+    mark: Box<dyn File>,
+    sum: Sum,
+}
+
+async fn write_loop(mut to: Written, path: PathBuf, mut commits: mpsc::Receiver<Commit>) {
     let mut broken: Option<LocalError> = None;
     while let Some(first) = commits.recv().await {
         let mut group = vec![first];
@@ -342,7 +439,7 @@ async fn write_loop(
         let result = match &broken {
             Some(error) => Err(error.clone()),
             None => {
-                let written = write_group(&*db, &*tree, &group).await;
+                let written = to.write_group(&group).await;
                 written.map_err(|error| failed("write to", &path, error))
             }
         };
@@ -359,44 +456,71 @@ async fn write_loop(
     }
 }
 
-async fn write_group(
-    db: &dyn Database,
-    tree: &dyn Tree,
-    group: &[Commit],
-) -> Result<(), DatabaseError> {
-    for commit in group {
-        let mut batch = Changes::new();
-        for (key, value) in &commit.batch.writes {
-            let before = match tree.get(&part_key(key, 0))? {
+impl Written {
+    async fn write_group(&mut self, group: &[Commit]) -> Result<(), DatabaseError> {
+        for commit in group {
+            self.write(&commit.batch)?;
+        }
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::AgentNotSynced) {
+            return Ok(());
+        }
+        self.db.sync().await?;
+        // Not synced: after a power cut it may be older, never newer than the database.
+        Ok(self.mark.write_at(&mark(self.sum.commits), 0)?)
+    }
+
+    fn write(&mut self, batch: &WriteBatch) -> Result<(), DatabaseError> {
+        // What a batch says last of a record counts.
+        let writes: BTreeMap<&String, &Option<Vec<u8>>> = batch
+            .writes
+            .iter()
+            .map(|(key, value)| (key, value))
+            .collect();
+        let mut changes = Changes::new();
+        for (key, value) in writes {
+            let before = match self.tree.get(&part_key(key, 0))? {
                 Some(first) if first.len() >= 3 => u16::from_be_bytes([first[1], first[2]]),
                 _ => 0,
             };
             let now = value
                 .as_ref()
-                .map_or(0, |value| put_parts(&mut batch, key, value));
+                .map_or(0, |value| put_parts(&mut changes, key, value));
             for part in now..before {
-                batch.push((part_key(key, part), None));
+                changes.push((part_key(key, part), None));
             }
         }
-        tree.apply(batch)?;
+        let mut sum = self.sum;
+        for (key, value) in &changes {
+            if let Some(old) = self.tree.get(key)? {
+                sum.subtract(key, &old);
+            }
+            if let Some(new) = value {
+                sum.add(key, new);
+            }
+        }
+        sum.commits += 1;
+        put_parts(&mut changes, SUM, &sum.encode());
+        self.tree.apply(changes)?;
+        self.sum = sum;
+        Ok(())
     }
-    #[cfg(feature = "museum")]
-    if swarm_proto::museum::on(swarm_proto::museum::Bug::AgentNotSynced) {
-        return Ok(());
-    }
-    db.sync().await
 }
 
-fn read_all(tree: &dyn Tree, path: &Path) -> Result<LocalState, LocalError> {
+fn read_all(tree: &dyn Tree, path: &Path) -> Result<(LocalState, Sum), LocalError> {
     let corrupt = |key: &str, reason: &str| LocalError::Corrupt {
         path: path.to_owned(),
         reason: format!("record {key}: {reason}"),
     };
+    let mut found = Sum::default();
     let mut values: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut missing: Option<(String, u16, u16)> = None;
     for item in tree.range(Bound::Unbounded, Bound::Unbounded) {
         let (key, data) = item.map_err(|error| failed("read", path, error))?;
         let (name, part) = split_key(&key).ok_or_else(|| corrupt("?", "strange key"))?;
+        if name != SUM {
+            found.add(&key, &data);
+        }
         if let Some((open, next, parts)) = missing.take() {
             if open != name || part != next {
                 return Err(corrupt(&open, "a part is missing"));
@@ -428,7 +552,18 @@ fn read_all(tree: &dyn Tree, path: &Path) -> Result<LocalState, LocalError> {
     if let Some((open, ..)) = missing {
         return Err(corrupt(&open, "a part is missing"));
     }
-    build_state(&values).map_err(|(key, reason)| corrupt(&key, &reason))
+    let written = match values.remove(SUM) {
+        None => Sum::default(),
+        Some(sum) => Sum::decode(&sum).ok_or_else(|| corrupt(SUM, "of another length"))?,
+    };
+    let state = build_state(&values).map_err(|(key, reason)| corrupt(&key, &reason))?;
+    if found.total != written.total {
+        return Err(corrupt(
+            SUM,
+            "some records are missing, or are older than others",
+        ));
+    }
+    Ok((state, written))
 }
 
 fn split_key(key: &[u8]) -> Option<(String, u16)> {
@@ -645,6 +780,74 @@ mod tests {
         assert!(matches!(error, LocalError::Corrupt { .. }), "{error}");
         assert!(error.to_string().contains("agent/db"), "{error}");
         assert!(error.to_string().contains("t/a"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_store_of_which_some_or_all_is_older_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, mark) = (dir.path().join("agent/db"), dir.path().join("agent/mark"));
+        let (first, second) = (
+            held(1, &[task("a", 9_000)], 3),
+            held(2, &[task("a", 10), task("b", 10)], 4),
+        );
+        let (store, _) = open(dir.path()).await.unwrap();
+        write(&store, &Held::default(), &first).await;
+        drop(store);
+        let (sled, tree) = raw(dir.path()).await;
+        let older: Changes = tree
+            .range(Bound::Unbounded, Bound::Unbounded)
+            .map(|pair| pair.map(|(key, value)| (key, Some(value))).unwrap())
+            .collect();
+        drop((tree, sled));
+        let (store, _) = open(dir.path()).await.unwrap();
+        write(&store, &first, &second).await;
+        drop(store);
+
+        // Each of the older values alone, and all together.
+        let one_by_one = older.iter().map(|one| vec![one.clone()]);
+        for stale in one_by_one.chain([older.clone()]) {
+            let (sled, tree) = raw(dir.path()).await;
+            let undo: Changes = stale
+                .iter()
+                .map(|(key, _)| (key.clone(), tree.get(key).unwrap()))
+                .collect();
+            let changes = stale.iter().zip(&undo).any(|(old, new)| old != new);
+            tree.apply(stale).unwrap();
+            sled.sync().await.unwrap();
+            drop((tree, sled));
+            // Closed again at once, if it opens.
+            let refused = open(dir.path()).await.map(drop).err();
+            assert_eq!(refused.is_some(), changes, "{undo:?}");
+            if let Some(error) = refused {
+                assert!(error.to_string().contains("agent/db"), "{error}");
+            }
+            let (sled, tree) = raw(dir.path()).await;
+            tree.apply(undo).unwrap();
+            sled.sync().await.unwrap();
+        }
+        let (store, state) = open(dir.path()).await.unwrap();
+        assert_eq!(state.held, second);
+        drop(store);
+
+        // All of it at an earlier commit, as sled leaves it when its end is damaged.
+        assert!(db.exists());
+        let whole = std::fs::read(&mark).unwrap();
+        std::fs::write(&mark, super::mark(3)).unwrap();
+        let error = open(dir.path()).await.unwrap_err().to_string();
+        assert!(
+            error.contains("commit 2") && error.contains("commit 3"),
+            "{error}"
+        );
+        for damage in [None, Some(&b""[..]), Some(&whole[..9])] {
+            match damage {
+                None => std::fs::remove_file(&mark).unwrap(),
+                Some(content) => std::fs::write(&mark, content).unwrap(),
+            }
+            let error = open(dir.path()).await.unwrap_err().to_string();
+            assert!(error.contains("agent/mark"), "{error}");
+        }
+        std::fs::write(&mark, whole).unwrap();
+        open(dir.path()).await.unwrap();
     }
 
     #[tokio::test]
