@@ -82,8 +82,8 @@ pub struct ConnectionInfo {
     pub caller: Caller,
     /// Where the connection comes from; `None` on the local socket.
     pub remote_addr: Option<SocketAddr>,
-    // Keeps the connection's place among those without a certificate until the
-    // last request of it is gone.
+    // Keeps the connection's place among those of its node, or without a certificate, until
+    // the last request of it is gone.
     pub(crate) _place: Option<Arc<tokio::sync::OwnedSemaphorePermit>>,
 }
 

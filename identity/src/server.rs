@@ -4,19 +4,21 @@
 //! stream owns its handshakes, and dropping it drops them. A handshake never
 //! holds up the next one, has a time limit, and there is a limit to how many go on at once.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::stream::{self, Stream};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -40,6 +42,9 @@ pub struct Limits {
     pub handshakes: usize,
     /// Connections at once without a client certificate; more are refused.
     pub anonymous: usize,
+    /// Connections at once with the certificates of one node; more are refused. A node has one to a manager,
+    /// a manager some to each other one.
+    pub per_node: usize,
 }
 
 impl Default for Limits {
@@ -48,6 +53,7 @@ impl Default for Limits {
             handshake_timeout: Duration::from_secs(10),
             handshakes: 512,
             anonymous: 512,
+            per_node: 128,
         }
     }
 }
@@ -108,7 +114,11 @@ impl Listener {
     /// ones are logged with the peer's address and the reason.
     pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
         let state = Accepting {
-            anonymous: Arc::new(Semaphore::new(self.limits.anonymous)),
+            places: Arc::new(Places {
+                anonymous: Arc::new(Semaphore::new(self.limits.anonymous)),
+                per_node: self.limits.per_node,
+                nodes: Mutex::default(),
+            }),
             listener: self,
             handshakes: JoinSet::new(),
         };
@@ -122,7 +132,38 @@ impl Listener {
 struct Accepting {
     listener: Listener,
     handshakes: JoinSet<Option<Connection>>,
+    places: Arc<Places>,
+}
+
+/// Who may have how many connections.
+struct Places {
     anonymous: Arc<Semaphore>,
+    per_node: usize,
+    nodes: Mutex<HashMap<String, Weak<Semaphore>>>,
+}
+
+impl Places {
+    /// A place for one more connection, kept until it is gone.
+    fn take(&self, node: Option<&str>) -> Result<OwnedSemaphorePermit, String> {
+        let Some(node) = node else {
+            let place = Arc::clone(&self.anonymous).try_acquire_owned();
+            return place.map_err(|_| "too many connections without a certificate".to_owned());
+        };
+        let mut nodes = self.nodes.lock();
+        let known = nodes.get(node).and_then(Weak::upgrade);
+        let places = known.unwrap_or_else(|| {
+            if nodes.len() == nodes.capacity() {
+                // Before it grows: nodes without a connection are forgotten.
+                nodes.retain(|_, places| places.strong_count() > 0);
+            }
+            let places = Arc::new(Semaphore::new(self.per_node));
+            nodes.insert(node.to_owned(), Arc::downgrade(&places));
+            places
+        });
+        places
+            .try_acquire_owned()
+            .map_err(|_| format!("node {node} has too many connections"))
+    }
 }
 
 impl Accepting {
@@ -153,10 +194,10 @@ impl Accepting {
         // Asked for each connection: certificate and roots may have been replaced.
         let acceptor = TlsAcceptor::from(self.listener.identity.server_config());
         let identity = Arc::clone(&self.listener.identity);
-        let anonymous = Arc::clone(&self.anonymous);
+        let places = Arc::clone(&self.places);
         let timeout = self.listener.limits.handshake_timeout;
         self.handshakes.spawn(async move {
-            let handshake = handshake(stream, peer, acceptor, &identity, anonymous);
+            let handshake = handshake(stream, peer, acceptor, &identity, &places);
             let refusal = match tokio::time::timeout(timeout, handshake).await {
                 Ok(Ok(connection)) => return Some(connection),
                 Ok(Err(refusal)) => refusal,
@@ -173,7 +214,7 @@ async fn handshake(
     peer: SocketAddr,
     acceptor: TlsAcceptor,
     identity: &Identity,
-    anonymous: Arc<Semaphore>,
+    places: &Places,
 ) -> Result<Connection, String> {
     let stream = acceptor
         .accept(stream)
@@ -184,7 +225,7 @@ async fn handshake(
         .1
         .peer_certificates()
         .and_then(<[_]>::first);
-    let (caller, place) = match certificate {
+    let caller = match certificate {
         Some(der) => {
             let leaf = Leaf::from_der(der).map_err(|error| error.to_string())?;
             let cluster = identity.cluster_id();
@@ -194,21 +235,17 @@ async fn handshake(
                     leaf.identity.cluster_id
                 ));
             }
-            (Caller::Peer(leaf.identity), None)
+            Caller::Peer(leaf.identity)
         }
-        None => {
-            let place = anonymous
-                .try_acquire_owned()
-                .map_err(|_| "too many connections without a certificate".to_owned())?;
-            (Caller::Anonymous, Some(Arc::new(place)))
-        }
+        None => Caller::Anonymous,
     };
+    let place = places.take(caller.peer().map(|peer| peer.node_id.as_str()))?;
     Ok(Connection {
         stream: Either::Tls(Box::new(stream)),
         info: ConnectionInfo {
             caller,
             remote_addr: Some(peer),
-            _place: place,
+            _place: Some(Arc::new(place)),
         },
     })
 }

@@ -196,6 +196,30 @@ async fn too_many_connections_without_a_certificate_are_refused() {
 }
 
 #[tokio::test]
+async fn too_many_connections_of_one_node_are_refused_and_others_are_not() {
+    let limits = Limits {
+        per_node: 2,
+        ..Limits::default()
+    };
+    let manager = manager_with(limits, AuthorizeLayer::new(), NodeRole::Manager).await;
+    let greedy = identity(&manager.root, "n2", NodeRole::Manager);
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut client = LivenessClient::new(greedy.channel(&manager.addr).unwrap());
+        client.report(LivenessReport::default()).await.unwrap();
+        held.push(client);
+    }
+    report(&greedy, &manager.addr).await.unwrap_err();
+    let other = identity(&manager.root, "n3", NodeRole::Manager);
+    report(&other, &manager.addr).await.unwrap();
+    // A place is given back with its connection.
+    drop(held);
+    while report(&greedy, &manager.addr).await.is_err() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn a_certificate_of_another_ca_is_refused_both_ways() {
     let manager = manager().await;
     let foreign = RootCa::create(SystemTime::now()).unwrap();
