@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::json;
-use support::{Host, Layer, Tar, architecture, busybox, digest, eventually};
+use support::{Host, Layer, Tar, Trick, architecture, busybox, digest, eventually};
 use swarm_agent::runtime::{OciRuntime, Runtime, RuntimeError};
 use swarm_proto::v1::RegistryAuth;
 
@@ -435,4 +435,211 @@ async fn an_image_that_was_in_use_a_moment_ago_is_kept() {
     );
     assert!(layers > 0);
     assert_eq!(count(&host.config.root.join("layers")), layers);
+}
+
+/// A host whose registry does this for paths with that in them, and an image there.
+fn tricked(part: &str, trick: Trick) -> (Host, String) {
+    let host = Host::new();
+    let layer = Layer::gzip(&Tar::new().file("a", 0o644, b"a").finish());
+    let (image, _) = host.registry.put_image("odd", json!({}), &[layer]);
+    let mut shelf = host.registry.shelf.lock().unwrap();
+    shelf.tricks.push((part.to_owned(), trick));
+    drop(shelf);
+    (host, image)
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_end_is_not_taken_into_memory() {
+    for part in ["/manifests/", "/blobs/"] {
+        for status in ["200 OK", "500 Internal Server Error", "400 Bad Request"] {
+            let (host, image) = tricked(part, Trick::Endless(status));
+            let err = host.runtime().pull(&image, None).await.unwrap_err();
+            assert!(matches!(err, RuntimeError::Pull { .. }), "{err}");
+            assert!(err.to_string().len() < 700, "{err}");
+            // 4 MiB, and what lies in the buffers of the sockets.
+            let sent = host.registry.shelf.lock().unwrap().endless;
+            assert!(sent < 32 << 20, "{part} {status}: {sent} bytes were taken");
+        }
+    }
+    // The token server is not trusted with more.
+    let (host, image) = tricked("/token", Trick::Endless("200 OK"));
+    let realm = format!("http://{}/token", host.registry.address);
+    let challenge = ("/v2/".to_owned(), Trick::Challenge(realm));
+    host.registry.shelf.lock().unwrap().tricks.push(challenge);
+    let err = host.runtime().pull(&image, None).await.unwrap_err();
+    assert!(err.to_string().contains("more than"), "{err}");
+    assert!(host.registry.shelf.lock().unwrap().endless < 32 << 20);
+}
+
+#[tokio::test]
+async fn a_registry_that_stands_still_is_given_up_with_the_reason() {
+    // Long enough for whoever does answer.
+    let patience = std::time::Duration::from_secs(1);
+    let (mut host, image) = tricked("/manifests/", Trick::Silence);
+    host.config.images.patience = patience;
+    let err = host.runtime().pull(&image, None).await.unwrap_err();
+    assert!(err.to_string().contains("did not answer within"), "{err}");
+    assert!(!err.is_fatal());
+
+    let (mut host, image) = tricked("/manifests/", Trick::Drip(1 << 20));
+    host.config.images.patience = patience;
+    let err = host.runtime().pull(&image, None).await.unwrap_err();
+    assert!(err.to_string().contains("did not answer within"), "{err}");
+
+    // A layer that comes too slowly to ever be there. Its image's configuration comes at once.
+    let mut host = Host::new();
+    host.config.images.patience = patience;
+    let noise: Vec<u8> = (0..400_000u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let layer = Layer::plain(&Tar::new().file("noise", 0o644, &noise).finish());
+    let size = layer.packed.len();
+    let slow = digest(&layer.packed);
+    let (image, _) = host.registry.put_image("slow", json!({}), &[layer]);
+    host.registry
+        .shelf
+        .lock()
+        .unwrap()
+        .tricks
+        .push((slow, Trick::Drip(size)));
+    let err = host.runtime().pull(&image, None).await.unwrap_err();
+    assert!(
+        err.to_string().contains("broke off") && err.to_string().contains("came within"),
+        "{err}"
+    );
+}
+
+#[tokio::test]
+async fn redirects_are_followed_a_little_and_without_credentials_to_others() {
+    let auth = RegistryAuth {
+        username: "ann".into(),
+        password: "secret".into(),
+        identity_token: String::new(),
+    };
+    let (host, image) = tricked("/nowhere", Trick::Silence);
+    let elsewhere = support::Registry::start();
+    {
+        let mut shelf = host.registry.shelf.lock().unwrap();
+        shelf.login = Some("ann:secret".into());
+        elsewhere.shelf.lock().unwrap().blobs = shelf.blobs.clone();
+        let blobs: Vec<String> = shelf.blobs.keys().cloned().collect();
+        for blob in blobs {
+            let to = format!("http://{}/v2/odd/blobs/{blob}", elsewhere.address);
+            shelf.tricks.push((blob, Trick::Redirect(to)));
+        }
+    }
+    host.runtime().pull(&image, Some(&auth)).await.unwrap();
+    let asked = elsewhere.shelf.lock().unwrap().asked.clone();
+    assert_eq!(asked.len(), 2, "{asked:?}");
+    assert!(asked.iter().all(|(_, shown)| shown.is_none()), "{asked:?}");
+
+    let (host, image) = tricked("/nowhere", Trick::Silence);
+    let round = Trick::Redirect(format!(
+        "http://{}/v2/odd/manifests/1",
+        host.registry.address
+    ));
+    host.registry
+        .shelf
+        .lock()
+        .unwrap()
+        .tricks
+        .push(("/manifests/".into(), round));
+    let err = host.runtime().pull(&image, None).await.unwrap_err();
+    assert!(err.to_string().contains("too many redirects"), "{err}");
+    assert!(host.registry.shelf.lock().unwrap().asked.len() < 10);
+}
+
+#[tokio::test]
+async fn a_token_is_fetched_where_the_registry_says_and_shown_to_it() {
+    let (host, image) = tricked("/nowhere", Trick::Silence);
+    let tokens = support::Registry::start();
+    let realm = format!("http://{}/token", tokens.address);
+    host.registry
+        .shelf
+        .lock()
+        .unwrap()
+        .tricks
+        .push(("/v2/".into(), Trick::Challenge(realm)));
+    let auth = RegistryAuth {
+        username: "ann".into(),
+        password: "secret".into(),
+        identity_token: String::new(),
+    };
+    host.runtime().pull(&image, Some(&auth)).await.unwrap();
+    let asked = tokens.shelf.lock().unwrap().asked.clone();
+    assert!(
+        asked[0].0.contains("scope=repository%3Aodd%3Apull"),
+        "{asked:?}"
+    );
+    assert!(
+        asked[0]
+            .1
+            .as_ref()
+            .is_some_and(|shown| shown.starts_with("Basic ")),
+        "{asked:?}"
+    );
+    let shown = host.registry.shelf.lock().unwrap().asked.clone();
+    let last = shown.last().unwrap();
+    assert_eq!(last.1.as_deref(), Some("Bearer abc"), "{shown:?}");
+}
+
+#[tokio::test]
+async fn sizes_that_are_not_what_the_manifest_says_are_found_out() {
+    let host = Host::new();
+    let runtime = host.runtime();
+    let layer = Layer::gzip(&Tar::new().file("a", 0o644, b"a").finish());
+    let (image, _) = host
+        .registry
+        .put_image("sized", json!({}), std::slice::from_ref(&layer));
+    let (kind, bytes) = host.registry.shelf.lock().unwrap().manifests["sized:1"].clone();
+    let manifest: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    for (size, expected) in [
+        (layer.packed.len() - 1, "digest mismatch"),
+        (layer.packed.len() + 1, "broke off"),
+    ] {
+        let mut other = manifest.clone();
+        other["layers"][0]["size"] = size.into();
+        host.registry.put_manifest("sized", "1", &kind, &other);
+        let err = runtime.pull(&image, None).await.unwrap_err();
+        assert!(err.to_string().contains(expected), "{err}");
+    }
+    let mut other = manifest.clone();
+    other["config"]["size"] = (5 << 20).into();
+    host.registry.put_manifest("sized", "1", &kind, &other);
+    let err = runtime.pull(&image, None).await.unwrap_err();
+    assert!(
+        err.to_string().contains("unusable image configuration"),
+        "{err}"
+    );
+    for dir in ["layers", "tmp", "images"] {
+        assert_eq!(count(&host.config.root.join(dir)), 0, "{dir}");
+    }
+}
+
+#[tokio::test]
+async fn odd_entries_of_an_archive_are_refused() {
+    let host = Host::new();
+    let runtime = host.runtime();
+    let archive = Tar::new().dir("a", 0o755).hardlink("b", "a").finish();
+    assert!(
+        refused(&host, &runtime, archive)
+            .await
+            .contains("hard link to a directory")
+    );
+    let archive = Tar::new().link(tar::EntryType::Block, "disk", "").finish();
+    assert!(refused(&host, &runtime, archive).await.contains("device"));
+    let archive = Tar::new()
+        .link(tar::EntryType::new(b'Z'), "what", "")
+        .finish();
+    assert!(
+        refused(&host, &runtime, archive)
+            .await
+            .contains("unknown kind")
+    );
+    let archive = Tar::new().file("a", 0o644, b"cut off here").finish();
+    assert!(
+        refused(&host, &runtime, archive[..515].to_vec())
+            .await
+            .contains("damaged")
+    );
 }

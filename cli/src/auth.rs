@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use base64::Engine as _;
 use serde_json::Value;
+use swarm_proto::image::ImageRef;
 use swarm_proto::v1::RegistryAuth;
 
 /// Docker Hub, as its clients have always written it.
@@ -19,14 +20,14 @@ pub fn for_image(image: &str) -> Option<RegistryAuth> {
     find(&serde_json::from_str(&text).ok()?, image)
 }
 
-fn registry(image: &str) -> &str {
-    match image.split_once('/') {
-        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
-        _ => HUB,
+pub(crate) fn registry(image: &str) -> String {
+    match ImageRef::parse(image) {
+        Ok(image) if image.registry() != "docker.io" => image.registry().to_owned(),
+        _ => HUB.to_owned(),
     }
 }
 
-fn find(config: &Value, image: &str) -> Option<RegistryAuth> {
+pub(crate) fn find(config: &Value, image: &str) -> Option<RegistryAuth> {
     let wanted = registry(image);
     let auths = config.get("auths")?.as_object()?;
     let plain = |name: &str| {
@@ -37,8 +38,8 @@ fn find(config: &Value, image: &str) -> Option<RegistryAuth> {
     };
     let (_, entry) = auths
         .iter()
-        .find(|(name, _)| *name == wanted)
-        .or_else(|| auths.iter().find(|(name, _)| plain(name) == plain(wanted)))?;
+        .find(|(name, _)| **name == wanted)
+        .or_else(|| auths.iter().find(|(name, _)| plain(name) == plain(&wanted)))?;
     let text = |key: &str| {
         entry
             .get(key)
@@ -82,6 +83,8 @@ mod tests {
         let of = |image: &str| find(&config, image);
         assert_eq!(of("nginx").unwrap().username, "hub");
         assert_eq!(of("library/nginx:1").unwrap().password, "secret");
+        // Also for those who write the Hub's name.
+        assert_eq!(of("docker.io/library/nginx").unwrap().username, "hub");
         let own = of("registry.example:5000/a/b:tag").unwrap();
         assert_eq!(
             (own.username.as_str(), own.password.as_str()),

@@ -5,6 +5,7 @@
 
 pub mod defaults;
 pub mod id;
+pub mod image;
 #[cfg(feature = "museum")]
 pub mod museum;
 pub mod names;

@@ -626,6 +626,21 @@ pub(super) fn parse_signal(text: &str) -> Option<i32> {
         };
         return (0..=30).contains(&offset).then_some(34 + offset);
     }
+    if let Some(rest) = bare.strip_prefix("RTMAX") {
+        let offset = if rest.is_empty() {
+            0
+        } else {
+            rest.strip_prefix('-')?.parse::<i32>().ok()?
+        };
+        return (0..=30).contains(&offset).then_some(64 - offset);
+    }
+    // Older names of the same.
+    let bare = match bare {
+        "CLD" => "CHLD",
+        "IOT" => "ABRT",
+        "POLL" => "IO",
+        other => other,
+    };
     format!("SIG{bare}")
         .parse::<nix::sys::signal::Signal>()
         .ok()
@@ -1013,6 +1028,12 @@ mod tests {
             ("9", Some(9)),
             ("SIGRTMIN+3", Some(37)),
             ("SIGRTMIN", Some(34)),
+            ("SIGRTMAX", Some(64)),
+            ("RTMAX-1", Some(63)),
+            ("RTMAX-31", None),
+            ("SIGCLD", Some(17)),
+            ("iot", Some(6)),
+            ("SIGPOLL", Some(29)),
             ("0", None),
             ("65", None),
             ("SIGNOPE", None),

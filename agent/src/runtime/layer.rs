@@ -28,6 +28,8 @@ const MAX_ENTRIES: usize = 2_000_000;
 const MAX_XATTR: usize = 64 << 10;
 /// Names, links and attributes before one entry, which the archive reader keeps in memory.
 const MAX_HEADERS: u64 = 4 << 20;
+/// Bytes of the paths of one layer's directories, which are kept in memory until its end.
+const MAX_PATHS: usize = 64 << 20;
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
@@ -145,7 +147,7 @@ fn unpack_entries<R: Read>(
 ) -> Result<(), LayerError> {
     let mut archive = Archive::new(reader);
     // Directories get their times last: making files inside would change them again.
-    let mut directory_times: BTreeMap<PathBuf, TimeSpec> = BTreeMap::new();
+    let mut directory_times = DirectoryTimes::new(MAX_PATHS);
     // Sparse files are larger than what is read for them.
     let mut left = max_bytes;
     let mut entries = archive.entries().map_err(LayerError::Damaged)?;
@@ -166,13 +168,13 @@ fn unpack_entries<R: Read>(
             other => other,
         })?;
         if let Some(mtime) = mtime {
-            directory_times.insert(path, mtime);
+            directory_times.insert(path, mtime)?;
         }
         // Data that its kind of entry has no use for.
         io::copy(&mut entry, &mut io::sink()).map_err(LayerError::Damaged)?;
     }
     allowance.set(u64::MAX);
-    for (path, mtime) in directory_times.iter().rev() {
+    for (path, mtime) in directory_times.times.iter().rev() {
         if let Ok((parent, name)) = parent_of(root, path) {
             let name = if path.as_os_str().is_empty() {
                 OsStr::new(".")
@@ -183,6 +185,36 @@ fn unpack_entries<R: Read>(
         }
     }
     Ok(())
+}
+
+/// The times that directories get in the end.
+struct DirectoryTimes {
+    times: BTreeMap<PathBuf, TimeSpec>,
+    /// Bytes of paths that may still be added.
+    left: usize,
+}
+
+impl DirectoryTimes {
+    fn new(left: usize) -> Self {
+        let times = BTreeMap::new();
+        Self { times, left }
+    }
+
+    fn insert(&mut self, path: PathBuf, mtime: TimeSpec) -> Result<(), LayerError> {
+        // What the map itself takes for an entry counts too.
+        let size = path.as_os_str().len() + 64;
+        match self.left.checked_sub(size) {
+            Some(left) => self.left = left,
+            None => {
+                return Err(LayerError::Refused {
+                    path,
+                    why: "too many directories in one layer",
+                });
+            }
+        }
+        self.times.insert(path, mtime);
+        Ok(())
+    }
 }
 
 /// Without leading `/` and `.` parts; `..` is refused.
@@ -524,6 +556,37 @@ mod tests {
         builder.append(&file, &[][..]).unwrap();
         let err = unpack_bytes(&builder.into_inner().unwrap(), 1 << 30).unwrap_err();
         assert!(err.to_string().contains("header is too large"), "{err}");
+    }
+
+    #[test]
+    fn directories_without_end_do_not_fill_the_memory() {
+        let mut times = DirectoryTimes::new(1000);
+        let mut insert = |n: u32| {
+            let path = PathBuf::from(format!("{n:0>100}"));
+            times.insert(path, TimeSpec::new(0, 0))
+        };
+        for n in 0..6 {
+            insert(n).unwrap();
+        }
+        let err = insert(6).unwrap_err();
+        assert!(err.to_string().contains("too many directories"), "{err}");
+    }
+
+    #[test]
+    fn a_path_that_no_kernel_takes_is_refused() {
+        for name in ["d/".repeat(3000), "n".repeat(300)] {
+            let mut builder = tar::Builder::new(Vec::new());
+            let mut long = header(EntryType::GNULongName, name.len() as u64);
+            long.set_path("././@LongLink").unwrap();
+            long.set_cksum();
+            builder.append(&long, name.as_bytes()).unwrap();
+            let mut file = header(EntryType::Regular, 0);
+            file.set_path("x").unwrap();
+            file.set_cksum();
+            builder.append(&file, &[][..]).unwrap();
+            let err = unpack_bytes(&builder.into_inner().unwrap(), 1 << 20).unwrap_err();
+            assert!(matches!(err, LayerError::Write { .. }), "{err}");
+        }
     }
 
     #[test]

@@ -11,10 +11,13 @@ mod execshim;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 mod follow;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod layer;
 mod logfile;
 mod oci;
 mod pull;
+mod registry;
 mod rootfs;
 mod shim;
 mod store;

@@ -71,6 +71,8 @@ pub struct ImageLimits {
     /// How long one that nothing uses is kept, while the disk has room: the next start of it
     /// needs neither its registry nor unpacking.
     pub unused_for: Duration,
+    /// How long a registry may take for a small answer, or go on sending less than 16 KiB a second.
+    pub patience: Duration,
 }
 
 /// Where the runtime keeps its things, and its limits.
@@ -112,6 +114,7 @@ impl RuntimeConfig {
                 layer_bytes: 16 << 30,
                 unpacked_bytes: 64 << 30,
                 unused_for: Duration::from_secs(3600),
+                patience: Duration::from_secs(60),
             },
             cgroup_parent: "swarm".to_owned(),
         }
@@ -163,7 +166,7 @@ impl OciRuntime {
                 store.clone(),
                 config.insecure_registries.clone(),
                 config.images,
-            ),
+            )?,
             store,
             config,
             images: tokio::sync::RwLock::default(),

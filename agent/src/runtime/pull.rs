@@ -11,50 +11,37 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures::StreamExt;
-use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol, SizedStream};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
-use oci_client::manifest::{
-    IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE,
-    OCI_IMAGE_MEDIA_TYPE,
-};
-use oci_client::secrets::RegistryAuth as ClientAuth;
-use oci_client::{Client, Reference};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+use swarm_proto::image::ImageRef;
 use swarm_proto::v1::{Platform, RegistryAuth};
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
+use tokio::time::Instant;
 
 use super::bundle::ImageConfig;
 use super::oci::ImageLimits;
+use super::registry::{Blob, MANIFEST_MAX, Registries, RegistryError, Repository};
 use super::store::{Record, Store, digest_of, parse_digest};
 use super::{RuntimeError, layer};
 
-/// Manifests and configurations, as containerd limits them.
-const MAX_MANIFEST: usize = 4 << 20;
 /// What fits in one page of overlayfs options; Docker allows 127.
 const MAX_LAYERS: usize = 120;
+/// Images in an index.
+const MAX_PLATFORMS: usize = 1024;
 /// Layers in flight at once, over all pulls.
 const PARALLEL_LAYERS: usize = 4;
 /// A layer is asked for again, from where it broke off, this many times.
 const ATTEMPTS: usize = 4;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Without a single byte.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
-
-const MANIFEST_TYPES: [&str; 4] = [
-    OCI_IMAGE_INDEX_MEDIA_TYPE,
-    OCI_IMAGE_MEDIA_TYPE,
-    IMAGE_MANIFEST_LIST_MEDIA_TYPE,
-    IMAGE_MANIFEST_MEDIA_TYPE,
-];
+/// Fewer bytes in a second than this, over [`ImageLimits::patience`], are a standstill: a registry that
+/// sends for ever would keep others from pulling.
+const RATE_MIN: u64 = 16 << 10;
 
 /// A manifest or an index, with the fields that matter here.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Manifest {
+pub(super) struct Manifest {
     schema_version: u32,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
@@ -79,7 +66,7 @@ struct ManifestPlatform {
 /// Pulls images. One per runtime.
 pub(super) struct Puller {
     store: Store,
-    insecure_registries: Vec<String>,
+    registries: Registries,
     limits: ImageLimits,
     slots: Arc<Semaphore>,
     /// Whoever holds a layer's lock may download it; the others wait and find it.
@@ -88,21 +75,29 @@ pub(super) struct Puller {
 
 /// One image's conversation with its registry.
 struct Remote<'a> {
+    /// As the user wrote it.
     image: &'a str,
-    reference: Reference,
-    client: Client,
-    auth: ClientAuth,
+    reference: &'a ImageRef,
+    repository: Repository<'a>,
 }
 
 impl Puller {
-    pub fn new(store: Store, insecure_registries: Vec<String>, limits: ImageLimits) -> Self {
-        Self {
+    pub fn new(
+        store: Store,
+        insecure_registries: Vec<String>,
+        limits: ImageLimits,
+    ) -> Result<Self, RuntimeError> {
+        let registries = Registries::new(insecure_registries, limits.patience);
+        Ok(Self {
             store,
-            insecure_registries,
+            registries: registries.map_err(|err| RuntimeError::Failed {
+                step: "make registry client",
+                reason: err.to_string(),
+            })?,
             limits,
             slots: Arc::new(Semaphore::new(PARALLEL_LAYERS)),
             locks: Mutex::default(),
-        }
+        })
     }
 
     /// The record of an image on this node, after pulling what is missing.
@@ -117,15 +112,15 @@ impl Puller {
         {
             return Ok(record);
         }
-        let remote = self.remote(image, reference, auth)?;
-        let (body, digest) = match remote.manifest(&remote.reference).await {
+        let remote = self.remote(image, &reference, auth);
+        let (body, digest) = match remote.manifest(None).await {
             Ok(found) => found,
-            Err(err) if is_unreachable(&err) => {
-                let name = remote.reference.whole();
+            Err(err @ RegistryError::Unreachable(_)) => {
+                let name = reference.whole();
                 let store = self.store.clone();
                 return match blocking(move || Ok(store.find(&name))).await? {
-                    Some(record) if remote.reference.digest().is_none() => {
-                        tracing::warn!(image, error = %chain(&err), "registry unreachable, using the image on this node");
+                    Some(record) if reference.digest().is_none() => {
+                        tracing::warn!(image, error = %err, "registry unreachable, using the image on this node");
                         Ok(record)
                     }
                     _ => Err(remote.error(err)),
@@ -160,7 +155,7 @@ impl Puller {
             digests.push(digest);
         }
         let record = Record {
-            reference: remote.reference.whole(),
+            reference: reference.whole(),
             digests,
             manifest: manifest_digest,
             config: config.digest,
@@ -182,21 +177,15 @@ impl Puller {
         image: &str,
         auth: Option<&RegistryAuth>,
     ) -> Result<(String, Vec<Platform>), RuntimeError> {
-        let remote = self.remote(image, parse(image)?, auth)?;
+        let reference = parse(image)?;
+        let remote = self.remote(image, &reference, auth);
         let (body, digest) = remote
-            .manifest(&remote.reference)
+            .manifest(None)
             .await
             .map_err(|err| remote.error(err))?;
         let manifest = remote.parse(&body)?;
-        let platforms = if let Some(manifests) = manifest.manifests {
-            let platforms = manifests.into_iter().filter_map(|entry| entry.platform);
+        let platforms = if let Some(platforms) = platforms(&manifest) {
             platforms
-                .filter(|platform| platform.os != "unknown")
-                .map(|platform| Platform {
-                    architecture: platform.architecture,
-                    os: platform.os,
-                })
-                .collect()
         } else if let Some(config) = manifest.config {
             let config: ImageConfig = serde_json::from_slice(&remote.small_blob(&config).await?)
                 .map_err(|err| remote.fail(format!("damaged image configuration: {err}")))?;
@@ -207,12 +196,12 @@ impl Puller {
         } else {
             return Err(remote.fail("the manifest is not of an image".into()));
         };
-        Ok((pinned(image, &remote.reference, &digest), platforms))
+        Ok((reference.pinned(&digest).to_string(), platforms))
     }
 
     async fn local_by_digest(
         &self,
-        reference: &Reference,
+        reference: &ImageRef,
         digest: &str,
     ) -> Result<Option<Record>, RuntimeError> {
         let (store, digest, whole) = (self.store.clone(), digest.to_owned(), reference.whole());
@@ -233,39 +222,14 @@ impl Puller {
     fn remote<'a>(
         &self,
         image: &'a str,
-        reference: Reference,
-        auth: Option<&RegistryAuth>,
-    ) -> Result<Remote<'a>, RuntimeError> {
-        let config = ClientConfig {
-            protocol: ClientProtocol::HttpsExcept(self.insecure_registries.clone()),
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            read_timeout: Some(READ_TIMEOUT),
-            user_agent: concat!("swarm/", env!("CARGO_PKG_VERSION")),
-            // An index is resolved here, against this node's platform.
-            platform_resolver: None,
-            ..ClientConfig::default()
-        };
-        // A client caches tokens per registry. One per pull: what one task's credentials
-        // opened must not be open to a task without them.
-        let client = Client::try_from(config).map_err(|err| RuntimeError::Failed {
-            step: "make registry client",
-            reason: chain(&err),
-        })?;
-        let auth = match auth {
-            Some(auth) if !auth.identity_token.is_empty() => {
-                ClientAuth::Bearer(auth.identity_token.clone())
-            }
-            Some(auth) if !auth.username.is_empty() => {
-                ClientAuth::Basic(auth.username.clone(), auth.password.clone())
-            }
-            _ => ClientAuth::Anonymous,
-        };
-        Ok(Remote {
+        reference: &'a ImageRef,
+        auth: Option<&'a RegistryAuth>,
+    ) -> Remote<'a> {
+        Remote {
             image,
             reference,
-            client,
-            auth,
-        })
+            repository: self.registries.repository(reference, auth),
+        }
     }
 
     async fn for_this_platform(
@@ -292,9 +256,11 @@ impl Puller {
                     remote.image
                 ))
             })?;
-        let reference = remote.reference.clone_with_digest(entry.digest.clone());
+        if parse_digest(&entry.digest).is_none() {
+            return Err(remote.fail(format!("unsupported digest {:?}", entry.digest)));
+        }
         let (body, digest) = remote
-            .manifest(&reference)
+            .manifest(Some(&entry.digest))
             .await
             .map_err(|err| remote.error(err))?;
         let manifest = remote.parse(&body)?;
@@ -411,23 +377,31 @@ impl Puller {
             if have == layer.size {
                 break;
             }
-            let mut stream = match remote.layer(layer, have).await {
-                Ok((stream, true)) => stream,
-                Ok((stream, false)) => {
-                    // The registry does not know ranges: from the start.
-                    (have, hash) = (0, Sha256::new());
-                    file.set_len(0).await.map_err(failed)?;
-                    file.rewind().await.map_err(failed)?;
-                    stream
-                }
-                Err(err) if is_unreachable(&err) => {
+            let mut blob = match remote.repository.blob(&layer.digest, have).await {
+                Ok(blob) => blob,
+                Err(err @ RegistryError::Unreachable(_)) => {
                     last = Some(err);
                     continue;
                 }
                 Err(err) => return Err(remote.error(err)),
             };
-            while let Some(chunk) = stream.next().await {
-                let Ok(chunk) = chunk else { break };
+            if !blob.resumed {
+                // The registry does not know ranges: from the start.
+                (have, hash) = (0, Sha256::new());
+                file.set_len(0).await.map_err(failed)?;
+                file.rewind().await.map_err(failed)?;
+            }
+            let mut pace = Pace::new(self.limits.patience);
+            last = None;
+            loop {
+                let chunk = match pace.next(&mut blob).await {
+                    Ok(Some(chunk)) => chunk,
+                    Ok(None) => break,
+                    Err(err) => {
+                        last = Some(err);
+                        break;
+                    }
+                };
                 have += chunk.len() as u64;
                 if have > layer.size {
                     break;
@@ -441,13 +415,11 @@ impl Puller {
         }
         file.flush().await.map_err(failed)?;
         if have < layer.size {
-            return Err(match last {
-                Some(err) => remote.error(err),
-                None => remote.fail(format!(
-                    "layer {} broke off after {have} of {} bytes",
-                    layer.digest, layer.size
-                )),
-            });
+            let reason = last.map_or_else(String::new, |err| format!(": {err}"));
+            return Err(remote.fail(truncated(format!(
+                "layer {} broke off after {have} of {} bytes{reason}",
+                layer.digest, layer.size
+            ))));
         }
         let found = format!("sha256:{}", hex::encode(hash.finalize()));
         if have > layer.size || found != layer.digest {
@@ -462,57 +434,32 @@ impl Puller {
 }
 
 impl Remote<'_> {
-    async fn manifest(
-        &self,
-        reference: &Reference,
-    ) -> Result<(Vec<u8>, String), OciDistributionError> {
-        let (body, _) = self
-            .client
-            .pull_manifest_raw(reference, &self.auth, &MANIFEST_TYPES)
-            .await?;
+    /// A manifest with its digest: the one that the reference names, or the one with this digest.
+    async fn manifest(&self, digest: Option<&str>) -> Result<(Vec<u8>, String), RegistryError> {
+        let wanted = digest.or(self.reference.digest());
+        let which = wanted.or(self.reference.tag()).unwrap_or("latest");
+        let body = self.repository.manifest(which).await?;
         let digest = digest_of(&body);
-        // The client checks this too; whatever else it believes, this must hold.
-        if let Some(wanted) = reference.digest()
+        if let Some(wanted) = wanted
             && wanted != digest
         {
-            return Err(OciDistributionError::SpecViolationError(format!(
+            return Err(RegistryError::Unusable(format!(
                 "digest mismatch: the manifest is {digest}, not {wanted}"
             )));
         }
-        Ok((body.to_vec(), digest))
+        Ok((body, digest))
     }
 
     fn parse(&self, body: &[u8]) -> Result<Manifest, RuntimeError> {
-        if body.len() > MAX_MANIFEST {
-            return Err(self.fail(format!("a manifest of {} bytes is too large", body.len())));
-        }
-        let manifest: Manifest = serde_json::from_slice(body)
-            .map_err(|err| self.fail(format!("damaged manifest: {err}")))?;
-        if manifest.schema_version != 2 {
-            return Err(self.fail(format!(
-                "manifests of schema version {} are not supported",
-                manifest.schema_version
-            )));
-        }
-        Ok(manifest)
+        parse_manifest(body).map_err(|reason| self.fail(reason))
     }
 
     async fn small_blob(&self, blob: &Descriptor) -> Result<Vec<u8>, RuntimeError> {
-        if parse_digest(&blob.digest).is_none() || blob.size > MAX_MANIFEST as u64 {
+        if parse_digest(&blob.digest).is_none() || blob.size > MANIFEST_MAX as u64 {
             return Err(self.fail(format!("unusable image configuration {}", blob.digest)));
         }
-        let mut stream = self
-            .client
-            .pull_blob_stream(&self.reference, blob.digest.as_str())
-            .await
-            .map_err(|err| self.error(err))?;
-        let mut bytes = Vec::new();
-        while let Some(chunk) = stream.next().await {
-            bytes.extend_from_slice(&chunk.map_err(|err| self.fail(chain(&err)))?);
-            if bytes.len() > MAX_MANIFEST {
-                return Err(self.fail("the image configuration is too large".into()));
-            }
-        }
+        let bytes = self.repository.small_blob(&blob.digest).await;
+        let bytes = bytes.map_err(|err| self.error(err))?;
         if digest_of(&bytes) != blob.digest {
             return Err(self.fail(format!(
                 "digest mismatch in image configuration {}",
@@ -522,30 +469,6 @@ impl Remote<'_> {
         Ok(bytes)
     }
 
-    /// The layer's bytes from `offset`; `false` if the registry starts from the beginning.
-    async fn layer(
-        &self,
-        layer: &Descriptor,
-        offset: u64,
-    ) -> Result<(SizedStream, bool), OciDistributionError> {
-        let digest = layer.digest.as_str();
-        if offset == 0 {
-            return Ok((
-                self.client
-                    .pull_blob_stream(&self.reference, digest)
-                    .await?,
-                true,
-            ));
-        }
-        let response = self
-            .client
-            .pull_blob_stream_partial(&self.reference, digest, offset, None);
-        Ok(match response.await? {
-            BlobResponse::Full(stream) => (stream, false),
-            BlobResponse::Partial(stream) => (stream, true),
-        })
-    }
-
     fn fail(&self, reason: String) -> RuntimeError {
         RuntimeError::Pull {
             image: self.image.to_owned(),
@@ -553,46 +476,98 @@ impl Remote<'_> {
         }
     }
 
-    fn error(&self, err: OciDistributionError) -> RuntimeError {
-        let image = self.image.to_owned();
-        let missing = match &err {
-            OciDistributionError::RegistryError { envelope, .. } => {
-                envelope.errors.iter().any(|err| {
-                    matches!(
-                        err.code,
-                        OciErrorCode::ManifestUnknown
-                            | OciErrorCode::NameUnknown
-                            | OciErrorCode::NameInvalid
-                            | OciErrorCode::NotFound
-                    )
-                })
+    fn error(&self, err: RegistryError) -> RuntimeError {
+        let reason = match err {
+            RegistryError::Missing => {
+                let image = self.image.to_owned();
+                return RuntimeError::NoSuchImage { image };
             }
-            OciDistributionError::ServerError { code, .. } => *code == 404,
-            OciDistributionError::ImageManifestNotFoundError(_) => true,
-            _ => false,
-        };
-        if missing {
-            return RuntimeError::NoSuchImage { image };
-        }
-        let reason = match &err {
-            OciDistributionError::UnauthorizedError { .. }
-            | OciDistributionError::AuthenticationFailure(_) => format!(
+            RegistryError::Denied => format!(
                 "{} refuses access: log in, or use --with-registry-auth",
                 self.reference.registry()
             ),
-            OciDistributionError::RegistryError { envelope, .. } => envelope
-                .errors
-                .iter()
-                .map(|err| format!("{:?}: {}", err.code, err.message))
-                .collect::<Vec<_>>()
-                .join("; "),
-            other => chain(other),
+            RegistryError::Unreachable(reason) | RegistryError::Unusable(reason) => reason,
         };
-        RuntimeError::Pull {
-            image,
-            reason: truncated(reason),
+        self.fail(truncated(reason))
+    }
+}
+
+/// Whether a blob still comes fast enough.
+struct Pace {
+    patience: Duration,
+    /// The end of the present stretch, and what must still come in it.
+    until: Instant,
+    wanted: u64,
+}
+
+impl Pace {
+    fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            until: Instant::now() + patience,
+            wanted: Self::wanted(patience),
         }
     }
+
+    fn wanted(patience: Duration) -> u64 {
+        (RATE_MIN as f64 * patience.as_secs_f64()) as u64
+    }
+
+    async fn next(&mut self, blob: &mut Blob) -> Result<Option<bytes::Bytes>, RegistryError> {
+        let chunk = tokio::time::timeout_at(self.until, blob.response.chunk()).await;
+        let chunk = match chunk {
+            Ok(Ok(chunk)) => chunk,
+            Ok(Err(err)) => return Err(RegistryError::Unreachable(chain(&err))),
+            Err(_) => {
+                return Err(RegistryError::Unreachable(format!(
+                    "less than {} bytes came within {:?}",
+                    Self::wanted(self.patience),
+                    self.patience
+                )));
+            }
+        };
+        let came = chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+        self.wanted = self.wanted.saturating_sub(came);
+        if self.wanted == 0 {
+            *self = Self::new(self.patience);
+        }
+        Ok(chunk)
+    }
+}
+
+/// Reads a manifest or an index.
+pub(super) fn parse_manifest(body: &[u8]) -> Result<Manifest, String> {
+    let manifest: Manifest =
+        serde_json::from_slice(body).map_err(|err| format!("damaged manifest: {err}"))?;
+    if manifest.schema_version != 2 {
+        return Err(format!(
+            "manifests of schema version {} are not supported",
+            manifest.schema_version
+        ));
+    }
+    if manifest
+        .manifests
+        .as_ref()
+        .is_some_and(|it| it.len() > MAX_PLATFORMS)
+    {
+        return Err(format!("an index of more than {MAX_PLATFORMS} images"));
+    }
+    Ok(manifest)
+}
+
+/// The platforms of an index; `None` for the manifest of one image.
+pub(super) fn platforms(manifest: &Manifest) -> Option<Vec<Platform>> {
+    let entries = manifest.manifests.as_ref()?;
+    let platforms = entries.iter().filter_map(|entry| entry.platform.as_ref());
+    let known = platforms.filter(|platform| platform.os != "unknown");
+    Some(
+        known
+            .map(|platform| Platform {
+                architecture: platform.architecture.clone(),
+                os: platform.os.clone(),
+            })
+            .collect(),
+    )
 }
 
 /// What a registry sends ends up in task statuses; those are small.
@@ -606,15 +581,6 @@ fn truncated(mut reason: String) -> String {
         reason.push('…');
     }
     reason
-}
-
-/// No answer, or the answer of a registry that is ill: worth another try.
-fn is_unreachable(err: &OciDistributionError) -> bool {
-    match err {
-        OciDistributionError::RequestError(_) | OciDistributionError::IoError(_) => true,
-        OciDistributionError::ServerError { code, .. } => *code >= 500,
-        _ => false,
-    }
 }
 
 /// An error with its causes, which HTTP clients hide.
@@ -632,30 +598,9 @@ pub(super) fn chain(err: &dyn std::error::Error) -> String {
 }
 
 /// Parses an image reference; "nginx" is "docker.io/library/nginx:latest".
-pub(super) fn parse(image: &str) -> Result<Reference, RuntimeError> {
-    let invalid = |why: String| {
-        RuntimeError::InvalidConfig(format!("invalid image reference {image:?}: {why}"))
-    };
-    let reference: Reference = image.parse().map_err(|err| invalid(chain(&err)))?;
-    if let Some(digest) = reference.digest()
-        && parse_digest(digest).is_none()
-    {
-        return Err(invalid("only sha256 digests are supported".into()));
-    }
-    Ok(reference)
-}
-
-/// As the user wrote it, with its tag and the digest.
-fn pinned(image: &str, reference: &Reference, digest: &str) -> String {
-    let name = image.split_once('@').map_or(image, |(name, _)| name);
-    let has_tag = name
-        .rsplit('/')
-        .next()
-        .is_some_and(|last| last.contains(':'));
-    match reference.tag() {
-        Some(tag) if !has_tag => format!("{name}:{tag}@{digest}"),
-        _ => format!("{name}@{digest}"),
-    }
+pub(super) fn parse(image: &str) -> Result<ImageRef, RuntimeError> {
+    ImageRef::parse(image)
+        .map_err(|_| RuntimeError::InvalidConfig(format!("invalid image reference {image:?}")))
 }
 
 /// This machine's architecture in the words of images.
@@ -684,17 +629,6 @@ pub(super) async fn blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_pinned_reference_keeps_the_users_words() {
-        let digest = digest_of(b"x");
-        let pin = |image: &str| pinned(image, &parse(image).unwrap(), &digest);
-        assert_eq!(pin("nginx"), format!("nginx:latest@{digest}"));
-        assert_eq!(pin("h:5000/a/b:1"), format!("h:5000/a/b:1@{digest}"));
-        assert_eq!(pin("h:5000/a/b"), format!("h:5000/a/b:latest@{digest}"));
-        assert_eq!(pin(&format!("a:1@{digest}")), format!("a:1@{digest}"));
-        assert_eq!(pin(&format!("a@{digest}")), format!("a@{digest}"));
-    }
 
     #[test]
     fn a_bad_reference_is_fatal_and_quoted() {

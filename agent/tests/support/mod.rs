@@ -21,9 +21,30 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
+/// What a registry does instead of answering.
+#[derive(Clone, Debug)]
+pub enum Trick {
+    /// Nothing.
+    Silence,
+    /// An answer of this status that never ends, as fast as it is taken.
+    Endless(&'static str),
+    /// An answer of that many bytes, but one byte every few milliseconds.
+    Drip(usize),
+    /// Sends the asker there.
+    Redirect(String),
+    /// Wants a token from there.
+    Challenge(String),
+}
+
 /// What the registry holds and how it misbehaves.
 #[derive(Default)]
 pub struct Shelf {
+    /// For requests whose path has this in it.
+    pub tricks: Vec<(String, Trick)>,
+    /// Bytes sent by [`Trick::Endless`].
+    pub endless: usize,
+    /// Paths asked for, with the credentials that were shown.
+    pub asked: Vec<(String, Option<String>)>,
     /// By digest.
     pub blobs: HashMap<String, Vec<u8>>,
     /// By "name:tag" and "name@digest".
@@ -146,6 +167,21 @@ fn serve(stream: &TcpStream, shelf: &Mutex<Shelf>) {
             headers.insert(key.to_ascii_lowercase(), value.to_owned());
         }
         let path = request.split(' ').nth(1).unwrap_or("/").to_owned();
+        let trick = {
+            let mut shelf = shelf.lock().unwrap();
+            let shown = headers.get("authorization").cloned();
+            shelf.asked.push((path.clone(), shown.clone()));
+            let found = shelf.tricks.iter().find(|(part, _)| path.contains(part));
+            // Who has a token has passed the challenge.
+            let found = found.map(|(_, trick)| trick.clone());
+            found.filter(|trick| !matches!(trick, Trick::Challenge(_)) || shown.is_none())
+        };
+        if let Some(trick) = trick {
+            if play(&trick, stream, shelf).is_err() {
+                return;
+            }
+            continue;
+        }
         let mut shelf = shelf.lock().unwrap();
         let (status, kind, mut body) = answer(&path, &headers, &mut shelf);
         let mut status = status.to_owned();
@@ -192,6 +228,48 @@ fn serve(stream: &TcpStream, shelf: &Mutex<Shelf>) {
     }
 }
 
+fn play(trick: &Trick, mut stream: &TcpStream, shelf: &Mutex<Shelf>) -> std::io::Result<()> {
+    let over = || Err(std::io::ErrorKind::ConnectionAborted.into());
+    let json = "Content-Type: application/json";
+    match trick {
+        Trick::Silence => {
+            // Until the asker gives up.
+            let _ = std::io::Read::read(&mut stream, &mut [0]);
+            over()
+        }
+        Trick::Endless(status) => {
+            write!(
+                stream,
+                "HTTP/1.1 {status}\r\n{json}\r\nConnection: close\r\n\r\n"
+            )?;
+            loop {
+                stream.write_all(&[b' '; 16 << 10])?;
+                shelf.lock().unwrap().endless += 16 << 10;
+            }
+        }
+        Trick::Drip(length) => {
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\n{json}\r\nContent-Length: {length}\r\n\r\n"
+            )?;
+            for _ in 0..*length {
+                stream.write_all(b" ")?;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            over()
+        }
+        Trick::Redirect(to) => write!(
+            stream,
+            "HTTP/1.1 307 Temporary Redirect\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n"
+        ),
+        Trick::Challenge(realm) => write!(
+            stream,
+            "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Bearer realm=\"{realm}\",service=\"r\"\r\n\
+             Content-Length: 0\r\n\r\n"
+        ),
+    }
+}
+
 fn answer(
     path: &str,
     headers: &HashMap<String, String>,
@@ -216,6 +294,9 @@ fn answer(
     }
     if path == "/v2/" {
         return plain("200 OK", "{}");
+    }
+    if path.starts_with("/token") {
+        return plain("200 OK", r#"{"token":"abc"}"#);
     }
     let path = path.strip_prefix("/v2/").unwrap_or(path);
     if let Some((name, reference)) = path.split_once("/manifests/") {

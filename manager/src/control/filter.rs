@@ -11,6 +11,32 @@ pub(super) enum NameMatch {
     Substring,
 }
 
+/// Most values of one filter: each is compared with each object.
+const VALUES_MAX: usize = 1000;
+
+/// Refuses filters that would take a manager's time.
+pub(super) fn check(
+    filters: Option<&Filters>,
+    others: &[(&str, usize)],
+) -> Result<(), tonic::Status> {
+    let common = filters.into_iter().flat_map(|filters| {
+        [
+            ("id", filters.ids.len()),
+            ("name", filters.names.len()),
+            ("label", filters.labels.len()),
+        ]
+    });
+    match common
+        .chain(others.iter().copied())
+        .find(|(_, number)| *number > VALUES_MAX)
+    {
+        None => Ok(()),
+        Some((name, number)) => Err(tonic::Status::invalid_argument(format!(
+            "{number} values of filter {name} are more than {VALUES_MAX}"
+        ))),
+    }
+}
+
 /// Whether an object passes the filters.
 pub(super) fn passes(
     filters: Option<&Filters>,
@@ -54,6 +80,20 @@ mod tests {
             ids: owned(ids),
             names: owned(names),
             labels: owned(labels),
+        }
+    }
+
+    #[test]
+    fn values_of_a_filter_are_bounded() {
+        let many = vec!["x"; VALUES_MAX];
+        assert!(check(Some(&filters(&many, &many, &many)), &[("mode", VALUES_MAX)]).is_ok());
+        let more = vec!["x"; VALUES_MAX + 1];
+        for wrong in [
+            check(Some(&filters(&more, &[], &[])), &[]),
+            check(Some(&filters(&[], &[], &more)), &[]),
+            check(None, &[("mode", VALUES_MAX + 1)]),
+        ] {
+            assert_eq!(wrong.unwrap_err().code(), tonic::Code::InvalidArgument);
         }
     }
 

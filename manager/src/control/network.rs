@@ -13,7 +13,7 @@ use swarm_proto::v1::{
 use swarm_store::State;
 use tonic::Status;
 
-use super::filter::{NameMatch, any_of, passes};
+use super::filter::{NameMatch, any_of, check, passes};
 use super::{Control, bounded, create, error, found, remove, service, validate, written};
 
 impl Control {
@@ -63,6 +63,10 @@ impl Control {
         &self,
         request: ListNetworksRequest,
     ) -> Result<ListNetworksResponse, Status> {
+        check(
+            request.filters.as_ref(),
+            &[("driver", request.drivers.len())],
+        )?;
         let state = self.state().await?;
         let mut networks: Vec<Network> = state
             .networks()

@@ -13,7 +13,7 @@ use swarm_proto::v1::{
 use swarm_store::{Member, State};
 use tonic::Status;
 
-use super::filter::{NameMatch, any_of, has_labels, passes};
+use super::filter::{NameMatch, any_of, check, has_labels, passes};
 use super::{
     Control, bounded, cluster, error, expecting, found, remove, update, validate, version_of,
     written,
@@ -38,6 +38,13 @@ impl Control {
         &self,
         request: ListNodesRequest,
     ) -> Result<ListNodesResponse, Status> {
+        check(
+            request.filters.as_ref(),
+            &[
+                ("role", request.roles.len()),
+                ("node.label", request.node_labels.len()),
+            ],
+        )?;
         let state = self.state().await?;
         let mut nodes: Vec<Node> = state
             .nodes()

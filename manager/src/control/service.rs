@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use swarm_proto::id::random_id;
+use swarm_proto::image::ImageRef;
 use swarm_proto::v1::{
     CreateServiceRequest, CreateServiceResponse, GetServiceRequest, ListServicesRequest,
     ListServicesResponse, ObjectKind, PortConfig, RemoveServiceRequest, RemoveServiceResponse,
@@ -13,8 +14,7 @@ use swarm_proto::v1::{
 use swarm_store::State;
 use tonic::Status;
 
-use super::filter::{NameMatch, any_of, passes};
-use super::validate::ImageRef;
+use super::filter::{NameMatch, any_of, check, passes};
 use super::{
     Control, bounded, create, error, expecting, found, redact, remove, update, validate,
     version_of, written,
@@ -31,6 +31,7 @@ impl Control {
         &self,
         request: ListServicesRequest,
     ) -> Result<ListServicesResponse, Status> {
+        check(request.filters.as_ref(), &[("mode", request.modes.len())])?;
         if let Some(unknown) = request
             .modes
             .iter()

@@ -10,7 +10,7 @@ use swarm_proto::v1::{
 use swarm_store::State;
 use tonic::Status;
 
-use super::filter::{NameMatch, any_of, passes};
+use super::filter::{NameMatch, any_of, check, passes};
 use super::{Control, bounded, error, found, redact};
 
 impl Control {
@@ -28,6 +28,14 @@ impl Control {
         &self,
         request: ListTasksRequest,
     ) -> Result<ListTasksResponse, Status> {
+        check(
+            request.filters.as_ref(),
+            &[
+                ("service", request.services.len()),
+                ("node", request.nodes.len()),
+                ("desired-state", request.desired_states.len()),
+            ],
+        )?;
         if let Some(unknown) = request
             .desired_states
             .iter()

@@ -5,12 +5,10 @@
 //! are bounded here, so nothing behind the border has to ask again. Checks that
 //! need the cluster's state are in the noun's own file, or in apply.
 
-mod image;
 mod network;
 mod service;
 mod text;
 
-pub use image::{ImageRef, ImageRefError};
 pub use network::{MTU_OPTION, network_spec};
 pub use service::service_spec;
 
@@ -39,6 +37,8 @@ impl Invalid {
     }
 }
 
+/// Largest spec, encoded: of a service, it is part of each of its tasks; of a network, of what each node on it holds.
+const SPEC_MAX: usize = 960 << 10;
 /// No duration in a spec is longer: ten years.
 const DURATION_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Heartbeats are not more frequent than this.
@@ -73,11 +73,22 @@ fn duration(
     }
 }
 
+/// A spec that fits into a transaction with whatever else its object has.
+fn bounded(whose: &str, spec: &impl prost::Message) -> Result<(), Invalid> {
+    match spec.encoded_len() {
+        size if size <= SPEC_MAX => Ok(()),
+        size => Err(Invalid::argument(format!(
+            "the {whose}'s spec has {size} bytes, more than {SPEC_MAX}"
+        ))),
+    }
+}
+
 /// What a node's owner may set.
 ///
 /// # Errors
 /// A name, label, role or availability that is not accepted.
 pub fn node_spec(spec: &NodeSpec) -> Result<(), Invalid> {
+    bounded("node", spec)?;
     if let Some(annotations) = &spec.annotations {
         if !annotations.name.is_empty() {
             text::name(&annotations.name)?;
@@ -96,6 +107,7 @@ pub fn node_spec(spec: &NodeSpec) -> Result<(), Invalid> {
 /// # Errors
 /// A setting out of its range.
 pub fn cluster_spec(spec: &ClusterSpec) -> Result<(), Invalid> {
+    bounded("cluster", spec)?;
     if let Some(annotations) = &spec.annotations {
         if !annotations.name.is_empty() {
             text::name(&annotations.name)?;
@@ -173,6 +185,42 @@ mod tests {
             })
             .contains("more than 1000")
         );
+    }
+
+    #[test]
+    fn specs_of_every_kind_are_bounded_in_size() {
+        let labels = |bytes: usize| {
+            // Eight labels below the limit of one text.
+            let value = "x".repeat(bytes / 8);
+            let labels = (0..8).map(|n| (n.to_string(), value.clone())).collect();
+            Some(swarm_proto::v1::Annotations {
+                name: "name".into(),
+                labels,
+            })
+        };
+        let results = |bytes| {
+            [
+                node_spec(&NodeSpec {
+                    annotations: labels(bytes),
+                    ..Default::default()
+                }),
+                cluster_spec(&ClusterSpec {
+                    annotations: labels(bytes),
+                    ..Default::default()
+                }),
+                network_spec(&swarm_proto::v1::NetworkSpec {
+                    annotations: labels(bytes),
+                    ..Default::default()
+                })
+                .map(drop),
+            ]
+        };
+        for result in results(SPEC_MAX - 1024) {
+            assert_eq!(result, Ok(()));
+        }
+        for result in results(SPEC_MAX + 1024) {
+            assert!(result.unwrap_err().to_string().contains("more than 983040"));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use ipnet::{IpNet, Ipv4Net};
 use swarm_proto::v1::{IpamPool, NetworkSpec};
 
-use super::{Invalid, text};
+use super::{Invalid, bounded, text};
 
 /// Sets the MTU of a network's endpoints.
 pub const MTU_OPTION: &str = "com.docker.network.driver.mtu";
@@ -36,6 +36,7 @@ const PREDEFINED: [&str; 5] = [
 /// # Errors
 /// The first part that is not accepted.
 pub fn network_spec(spec: &NetworkSpec) -> Result<u32, Invalid> {
+    bounded("network", spec)?;
     let annotations = spec
         .annotations
         .as_ref()

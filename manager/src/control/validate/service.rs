@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 
-use prost::Message as _;
+use swarm_proto::image::ImageRef;
 use swarm_proto::v1::{
     ContainerSpec, EndpointMode, EndpointSpec, FailureAction, HealthConfig, Mount, MountType,
     NetworkAttachmentConfig, Placement, PortProtocol, PublishMode, ResourceRequirements, Resources,
@@ -12,12 +12,10 @@ use swarm_proto::v1::{
     placement_preference, service_mode,
 };
 
-use super::{ImageRef, Invalid, duration, text};
+use super::{Invalid, bounded, duration, text};
 use crate::scheduler::Spread;
 use crate::scheduler::constraint::Constraint;
 
-/// Largest spec, encoded. The spec is part of each of its tasks.
-const SPEC_MAX: usize = 960 << 10;
 /// Most replicas of one service.
 const REPLICAS_MAX: u64 = 1_000_000;
 /// Most values of a list whose members are cheap (arguments, variables).
@@ -30,6 +28,8 @@ const NETWORKS_MAX: usize = 64;
 const NANO_CPUS_MIN: i64 = 1_000_000;
 /// What Swarm asks of a memory limit or reservation.
 const MEMORY_MIN: i64 = 4 << 20;
+/// What nodes ask of a memory limit: with less a process cannot even start.
+const MEMORY_LIMIT_MIN: i64 = 6 << 20;
 
 /// Checks a service's spec.
 ///
@@ -38,12 +38,7 @@ const MEMORY_MIN: i64 = 4 << 20;
 /// # Errors
 /// The first part that is not accepted.
 pub fn service_spec(spec: &ServiceSpec) -> Result<(), Invalid> {
-    let size = spec.encoded_len();
-    if size > SPEC_MAX {
-        return Err(Invalid::argument(format!(
-            "the service's spec has {size} bytes, more than {SPEC_MAX}"
-        )));
-    }
+    bounded("service", spec)?;
     let annotations = spec
         .annotations
         .as_ref()
@@ -139,6 +134,9 @@ fn container_spec(container: &ContainerSpec) -> Result<(), Invalid> {
     duration("stop grace period", container.stop_grace_period.as_ref())?;
     if let Some(check) = &container.healthcheck {
         health(check)?;
+    }
+    for list in [&container.capability_add, &container.capability_drop] {
+        text::count("capability", list.len(), PARTS_MAX)?;
     }
     for capability in container
         .capability_add
@@ -261,16 +259,16 @@ fn bind(mount: &Mount) -> Result<(), Invalid> {
             text::quoted(&mount.source)
         )));
     }
-    let known = [
-        "", "rprivate", "private", "rshared", "shared", "rslave", "slave",
-    ];
-    if !known.contains(&mount.bind_propagation.as_str()) {
-        return Err(Invalid::argument(format!(
+    match mount.bind_propagation.as_str() {
+        "" | "rprivate" | "private" | "rslave" | "slave" => Ok(()),
+        shared @ ("rshared" | "shared") => Err(Invalid::unsupported(format!(
+            "mount propagation {shared} is not available: use rprivate or rslave"
+        ))),
+        other => Err(Invalid::argument(format!(
             "unknown mount propagation {}",
-            text::quoted(&mount.bind_propagation)
-        )));
+            text::quoted(other)
+        ))),
     }
-    Ok(())
 }
 
 fn tmpfs(mount: &Mount) -> Result<(), Invalid> {
@@ -328,6 +326,13 @@ fn resource_requirements(requirements: &ResourceRequirements) -> Result<(), Inva
         .flatten()
     {
         resources(part)?;
+    }
+    if let Some(limit) = requirements.limits.map(|limits| limits.memory_bytes)
+        && (1..MEMORY_LIMIT_MIN).contains(&limit)
+    {
+        return Err(Invalid::argument(format!(
+            "invalid memory limit {limit}: no node runs a process in less than 6MiB"
+        )));
     }
     if requirements.pids_limit < 0 {
         return Err(Invalid::argument(
@@ -573,6 +578,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use proptest::prelude::*;
+    use prost::Message as _;
     use swarm_proto::v1::{
         Annotations, GlobalMode, PlacementPreference, PortConfig, RegistryAuth, ReplicatedMode,
         SpreadOver,
@@ -695,6 +701,12 @@ mod tests {
             "ContainerSpec: duplicate mount point: //data/"
         );
         assert!(refused(vec![mount(MountType::Bind, "/a", "/")]).contains("root directory"));
+        // No node does this: it would be refused there, task after task.
+        let shared = Mount {
+            bind_propagation: "rshared".to_owned(),
+            ..mount(MountType::Bind, "/a", "/b")
+        };
+        assert!(refused(vec![shared]).contains("propagation rshared is not available"));
         assert!(
             refused(vec![mount(MountType::Volume, "v", "/data")])
                 .contains("volumes are not available yet")
@@ -724,6 +736,26 @@ mod tests {
                 ..Default::default()
             }),
             "invalid cpu value 0.0001: Must be at least 0.001"
+        );
+    }
+
+    #[test]
+    fn a_memory_limit_is_one_that_nodes_accept() {
+        let with_limit = |memory_bytes| {
+            with_task(|task| {
+                task.resources = Some(ResourceRequirements {
+                    limits: Some(Resources {
+                        memory_bytes,
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                });
+            })
+        };
+        assert_eq!(with_limit(6 << 20), Ok(()));
+        assert_eq!(
+            text(with_limit(5 << 20)),
+            "invalid memory limit 5242880: no node runs a process in less than 6MiB"
         );
     }
 
@@ -800,6 +832,12 @@ mod tests {
                 |c| c.env = vec!["A=1".to_owned(); VALUES_MAX + 1]
             ))
             .contains("more than 4096")
+        );
+        assert!(
+            text(with_container(
+                |c| c.capability_drop = vec!["ALL".to_owned(); PARTS_MAX + 1]
+            ))
+            .contains("more than 256")
         );
         assert!(
             text(with_container(|c| c.args = vec!["x".repeat(1 << 20)]))

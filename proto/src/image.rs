@@ -1,10 +1,15 @@
 //! References of images: `nginx`, `host:5000/a/b:tag`, `…@sha256:…`.
+//!
+//! One grammar for the command line, the managers' border and the nodes that pull. Pure.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::Ipv6Addr;
 
 /// Longest name (registry and path), as in the distribution specification.
 const NAME_MAX: usize = 255;
+/// Where images come from whose reference names no registry.
+const HUB: &str = "docker.io";
 /// Longest tag.
 const TAG_MAX: usize = 128;
 
@@ -79,7 +84,60 @@ impl ImageRef {
     /// The registry that serves the image; `docker.io` when the reference names none.
     #[must_use]
     pub fn registry(&self) -> &str {
-        self.registry.as_deref().unwrap_or("docker.io")
+        match self.registry.as_deref() {
+            // An old name of the same.
+            None | Some("index.docker.io") => HUB,
+            Some(registry) => registry,
+        }
+    }
+
+    /// What the registry knows it by: `library/nginx` for `nginx`.
+    #[must_use]
+    pub fn repository(&self) -> Cow<'_, str> {
+        if self.registry() == HUB && !self.path.contains('/') {
+            return format!("library/{}", self.path).into();
+        }
+        self.path.as_str().into()
+    }
+
+    /// The tag; `latest` when the reference has neither tag nor digest.
+    #[must_use]
+    pub fn tag(&self) -> Option<&str> {
+        match (&self.tag, &self.digest) {
+            (None, None) => Some("latest"),
+            (tag, _) => tag.as_deref(),
+        }
+    }
+
+    /// `sha256:` and 64 hexadecimal digits, if it is pinned.
+    #[must_use]
+    pub fn digest(&self) -> Option<&str> {
+        self.digest.as_deref()
+    }
+
+    /// With everything that it leaves out: `docker.io/library/nginx:latest`.
+    #[must_use]
+    pub fn whole(&self) -> String {
+        let mut text = format!("{}/{}", self.registry(), self.repository());
+        if let Some(tag) = self.tag() {
+            text.push(':');
+            text.push_str(tag);
+        }
+        if let Some(digest) = &self.digest {
+            text.push('@');
+            text.push_str(digest);
+        }
+        text
+    }
+
+    /// The same image, and this digest: as it was written, with its tag.
+    #[must_use]
+    pub fn pinned(&self, digest: &str) -> Self {
+        Self {
+            tag: self.tag().map(str::to_owned),
+            digest: Some(digest.to_owned()),
+            ..self.clone()
+        }
     }
 }
 
@@ -155,18 +213,12 @@ fn is_tag(text: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
+/// Of the kinds there are, the one that nodes check.
 fn is_digest(text: &str) -> bool {
-    let expected = match text.split_once(':') {
-        Some(("sha256", hex)) => (hex, 64),
-        Some(("sha384", hex)) => (hex, 96),
-        Some(("sha512", hex)) => (hex, 128),
-        _ => return false,
-    };
-    expected.0.len() == expected.1
-        && expected
-            .0
-            .bytes()
-            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    text.strip_prefix("sha256:").is_some_and(|hex| {
+        let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        hex.len() == 64 && hex.bytes().all(digit)
+    })
 }
 
 #[cfg(test)]
@@ -201,6 +253,28 @@ mod tests {
     }
 
     #[test]
+    fn what_a_reference_leaves_out_is_filled_in() {
+        let whole = |text: &str| ImageRef::parse(text).unwrap().whole();
+        assert_eq!(whole("nginx"), "docker.io/library/nginx:latest");
+        assert_eq!(whole("index.docker.io/a/b:1"), "docker.io/a/b:1");
+        assert_eq!(whole("[fd00::1]:5000/a"), "[fd00::1]:5000/a:latest");
+        assert_eq!(
+            whole(&format!("h:5000/a@{DIGEST}")),
+            format!("h:5000/a@{DIGEST}")
+        );
+    }
+
+    #[test]
+    fn a_pinned_reference_keeps_the_users_words() {
+        let pin = |image: &str| ImageRef::parse(image).unwrap().pinned(DIGEST).to_string();
+        assert_eq!(pin("nginx"), format!("nginx:latest@{DIGEST}"));
+        assert_eq!(pin("h:5000/a/b:1"), format!("h:5000/a/b:1@{DIGEST}"));
+        assert_eq!(pin("h:5000/a/b"), format!("h:5000/a/b:latest@{DIGEST}"));
+        assert_eq!(pin(&format!("a:1@{DIGEST}")), format!("a:1@{DIGEST}"));
+        assert_eq!(pin(&format!("a@{DIGEST}")), format!("a@{DIGEST}"));
+    }
+
+    #[test]
     fn malformed_references_are_named() {
         assert_eq!(
             ImageRef::parse("").unwrap_err().to_string(),
@@ -219,6 +293,7 @@ mod tests {
             "a___b",
             "nginx@sha256:123",
             "nginx@md5:00",
+            &format!("nginx@sha512:{}", "0".repeat(128)),
             "host:99999/a",
             "host:/a",
             "-a",
@@ -247,6 +322,8 @@ mod tests {
         fn what_is_accepted_prints_as_it_was_given(text in "[a-z0-9A-F.:/@\\[\\]_-]{0,40}") {
             if let Ok(image) = ImageRef::parse(&text) {
                 prop_assert_eq!(image.to_string(), text);
+                let whole = ImageRef::parse(&image.whole()).unwrap();
+                prop_assert_eq!(whole.whole(), image.whole());
             }
         }
     }
