@@ -5,6 +5,8 @@ pub mod agent;
 pub mod container;
 pub mod description;
 mod driver;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod local;
 pub mod network;
 mod programmer;

@@ -263,7 +263,8 @@ impl LocalStore {
         let db = opened.map_err(|error| failed("open", &path, error))?;
         let tree = db.tree(None);
         let tree = tree.map_err(|error| failed("open", &path, error))?;
-        let (state, sum) = read_all(&*tree, &path)?;
+        let records = tree.range(Bound::Unbounded, Bound::Unbounded);
+        let (state, sum) = read_all(records, &path)?;
         let mark = open_mark(disk, &dir, sum.commits).await?;
         let (queue, commits) = mpsc::channel(PENDING_MAX);
         let written = Written {
@@ -325,6 +326,55 @@ fn part_key(key: &str, part: u16) -> Vec<u8> {
     bytes.push(0);
     bytes.extend_from_slice(&part.to_be_bytes());
     bytes
+}
+
+/// The records that a batch adds to an empty store.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn records(batch: &WriteBatch) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let mut changes = Changes::new();
+    for (key, value) in &batch.writes {
+        if let Some(value) = value {
+            put_parts(&mut changes, key, value);
+        }
+    }
+    let written = changes.into_iter();
+    written
+        .filter_map(|(key, value)| Some((key, value?)))
+        .collect()
+}
+
+/// What a store holds that has these records and the sum that belongs to them.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read(mut records: BTreeMap<Vec<u8>, Vec<u8>>) -> Result<LocalState, String> {
+    let name = |key: &[u8]| split_key(key).map(|(name, _)| name);
+    records.retain(|key, _| name(key).as_deref() != Some(SUM));
+    let mut sum = Sum::default();
+    for (key, value) in &records {
+        sum.add(key, value);
+    }
+    let mut changes = Changes::new();
+    put_parts(&mut changes, SUM, &sum.encode());
+    records.extend(
+        changes
+            .into_iter()
+            .filter_map(|(key, value)| Some((key, value?))),
+    );
+    let read = read_all(records.into_iter().map(Ok), Path::new("db"));
+    read.map(|(state, _)| state).map_err(|e| e.to_string())
+}
+
+/// What the store holds once `held` has been written to an empty one.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn reread(held: &Held) -> Result<LocalState, String> {
+    let mut batch = WriteBatch::default();
+    batch.assignments(&Held::default(), held);
+    read(records(&batch))
+}
+
+/// Whether these very records, sum and all, are a store.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn is_store(records: BTreeMap<Vec<u8>, Vec<u8>>) -> bool {
+    read_all(records.into_iter().map(Ok), Path::new("db")).is_ok()
 }
 
 /// First part: format, number of parts, data. Later parts: data.
@@ -507,7 +557,10 @@ impl Written {
     }
 }
 
-fn read_all(tree: &dyn Tree, path: &Path) -> Result<(LocalState, Sum), LocalError> {
+fn read_all(
+    records: impl Iterator<Item = Result<(Vec<u8>, Vec<u8>), DatabaseError>>,
+    path: &Path,
+) -> Result<(LocalState, Sum), LocalError> {
     let corrupt = |key: &str, reason: &str| LocalError::Corrupt {
         path: path.to_owned(),
         reason: format!("record {key}: {reason}"),
@@ -515,7 +568,7 @@ fn read_all(tree: &dyn Tree, path: &Path) -> Result<(LocalState, Sum), LocalErro
     let mut found = Sum::default();
     let mut values: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut missing: Option<(String, u16, u16)> = None;
-    for item in tree.range(Bound::Unbounded, Bound::Unbounded) {
+    for item in records {
         let (key, data) = item.map_err(|error| failed("read", path, error))?;
         let (name, part) = split_key(&key).ok_or_else(|| corrupt("?", "strange key"))?;
         if name != SUM {

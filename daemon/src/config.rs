@@ -83,7 +83,7 @@ impl File {
         }
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let file: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         let mut problems = Vec::new();
         for registry in &file.insecure_registries {

@@ -6,6 +6,8 @@ pub mod address;
 pub mod config;
 pub mod environment;
 mod found;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod local;
 pub mod manager;
 pub mod member;

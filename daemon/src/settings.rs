@@ -73,21 +73,21 @@ impl Settings {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(SettingsError::Io { path, source }),
         };
-        let settings: Self =
-            serde_json::from_str(&text).map_err(|error| SettingsError::Damaged {
-                path: path.clone(),
-                reason: error.to_string(),
-            })?;
-        if settings.format > FORMAT {
-            return Err(SettingsError::Damaged {
-                path,
-                reason: format!(
-                    "it has format {}, this build knows up to {FORMAT}: use a newer swarmd",
-                    settings.format
-                ),
-            });
+        match Self::parse(&text) {
+            Ok(settings) => Ok(Some(settings)),
+            Err(reason) => Err(SettingsError::Damaged { path, reason }),
         }
-        Ok(Some(settings))
+    }
+
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let settings: Self = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        if settings.format > FORMAT {
+            return Err(format!(
+                "it has format {}, this build knows up to {FORMAT}: use a newer swarmd",
+                settings.format
+            ));
+        }
+        Ok(settings)
     }
 
     /// Writes them durably: a crash leaves the old file or the new one.

@@ -203,7 +203,7 @@ fn sync_directory(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-fn encode(stored: &Stored) -> Result<Zeroizing<Vec<u8>>, CertError> {
+pub(crate) fn encode(stored: &Stored) -> Result<Zeroizing<Vec<u8>>, CertError> {
     let material = &stored.material;
     let mut text = Zeroizing::new(Vec::new());
     let mut put = |tag: &str, mut der: Vec<u8>| {
@@ -229,7 +229,7 @@ fn encode(stored: &Stored) -> Result<Zeroizing<Vec<u8>>, CertError> {
     Ok(text)
 }
 
-fn decode(text: &[u8]) -> Result<Stored, IdentityError> {
+pub(crate) fn decode(text: &[u8]) -> Result<Stored, IdentityError> {
     let damaged = |reason: &str| CertError::Malformed {
         what: "key file",
         reason: reason.to_owned(),

@@ -7,6 +7,8 @@ pub mod authorize;
 pub mod ca;
 pub mod caller;
 pub mod cert;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod identity;
 pub mod join;
 pub mod keystore;

@@ -8,6 +8,8 @@ pub mod ca;
 pub mod clock;
 pub mod control;
 pub mod dispatcher;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod leader;
 pub mod orchestrator;
 pub mod scheduler;

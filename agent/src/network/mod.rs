@@ -9,6 +9,8 @@
 pub mod config;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod gateway;
 pub mod kernel;
 mod lb;

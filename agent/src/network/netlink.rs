@@ -113,6 +113,13 @@ impl Request {
         self
     }
 
+    /// What has been written.
+    #[cfg(feature = "fuzzing")]
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// How many messages have been begun.
     #[must_use]
     pub fn messages(&self) -> u32 {
@@ -348,7 +355,7 @@ impl Socket {
 }
 
 /// The kernel's own sentence when it gives one, else the error's.
-fn kernel_error(code: i32, payload: &[u8]) -> io::Error {
+pub(super) fn kernel_error(code: i32, payload: &[u8]) -> io::Error {
     const ERRMSG_TEXT: u16 = 1;
     let error = io::Error::from_raw_os_error(-code);
     let extended = payload.get(4 + HEADER..).unwrap_or_default();

@@ -496,6 +496,38 @@ fn link_name(name: &str) -> [u8; 16] {
     padded
 }
 
+/// The tuple of a tracked connection as it was opened.
+const ORIGINAL: u16 = 1;
+/// The tuple of its answers.
+const ANSWER: u16 = 2;
+
+/// Keys and values of the elements in one message.
+pub(super) fn parse_elements(payload: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
+    let list = attribute(payload.get(4..)?, 3)?;
+    let elements = attributes(list).filter_map(|(_, element)| {
+        let key = attribute(attribute(element, 1)?, 1)?.to_vec();
+        let value = attribute(element, 2)
+            .and_then(|data| attribute(data, 1))
+            .unwrap_or_default()
+            .to_vec();
+        Some((key, value))
+    });
+    Some(elements.collect())
+}
+
+/// Protocol, original destination, the address that answers, and the original tuple.
+pub(super) fn parse_connection(payload: &[u8]) -> Option<(u8, Ipv4Addr, Ipv4Addr, &[u8])> {
+    let body = payload.get(4..)?;
+    let original = attribute(body, ORIGINAL)?;
+    let answer = attribute(body, ANSWER)?;
+    let addr = |tuple: &[u8], which: u16| -> Option<Ipv4Addr> {
+        let bytes: [u8; 4] = attribute(attribute(tuple, 1)?, which)?.try_into().ok()?;
+        Some(bytes.into())
+    };
+    let protocol = *attribute(attribute(original, 2)?, 1)?.first()?;
+    Some((protocol, addr(original, 2)?, addr(answer, 1)?, original))
+}
+
 /// The rules of the namespace that it was opened in.
 #[derive(Debug)]
 pub struct Nft {
@@ -534,21 +566,7 @@ impl Nft {
             .message(GET_ELEMENT, DUMP, &family(IPV4, 0))
             .text(1, TABLE)
             .text(2, set);
-        let found = self.socket.dump(&request, |payload| {
-            let list = attribute(payload.get(4..)?, 3)?;
-            Some(
-                attributes(list)
-                    .filter_map(|(_, element)| {
-                        let key = attribute(attribute(element, 1)?, 1)?.to_vec();
-                        let value = attribute(element, 2)
-                            .and_then(|data| attribute(data, 1))
-                            .unwrap_or_default()
-                            .to_vec();
-                        Some((key, value))
-                    })
-                    .collect::<Vec<_>>(),
-            )
-        });
+        let found = self.socket.dump(&request, parse_elements);
         match found {
             Ok(parts) => Ok(parts.into_iter().flatten().collect()),
             Err(error) => match ignore_gone(Err(error)) {
@@ -565,20 +583,11 @@ impl Nft {
     ) -> io::Result<()> {
         const GET: u16 = (1 << 8) | 1;
         const DELETE: u16 = (1 << 8) | 2;
-        const ORIGINAL: u16 = 1;
-        const ANSWER: u16 = 2;
         let mut request = Request::default();
         request.message(GET, DUMP, &family(IPV4, 0));
         let found = self.socket.dump(&request, |payload| {
-            let body = payload.get(4..)?;
-            let original = attribute(body, ORIGINAL)?;
-            let answer = attribute(body, ANSWER)?;
-            let addr = |tuple: &[u8], which: u16| -> Option<Ipv4Addr> {
-                let bytes: [u8; 4] = attribute(attribute(tuple, 1)?, which)?.try_into().ok()?;
-                Some(bytes.into())
-            };
-            let protocol = *attribute(attribute(original, 2)?, 1)?.first()?;
-            stale(protocol, addr(original, 2)?, addr(answer, 1)?).then(|| original.to_vec())
+            let (protocol, destination, backend, original) = parse_connection(payload)?;
+            stale(protocol, destination, backend).then(|| original.to_vec())
         })?;
         for tuple in found {
             let mut request = Request::default();

@@ -111,7 +111,41 @@ fn v4(data: &[u8]) -> Option<Ipv4Addr> {
     Some(Ipv4Addr::from(<[u8; 4]>::try_from(data).ok()?))
 }
 
-fn parse_link(payload: &[u8]) -> Option<Link> {
+/// Link and address of an `RTM_NEWADDR`.
+pub(super) fn parse_address(payload: &[u8]) -> Option<(u32, Ipv4Net)> {
+    let index = as_u32(payload.get(4..8)?)?;
+    let body = payload.get(8..)?;
+    let addr = attribute(body, libc::IFA_LOCAL)
+        .or_else(|| attribute(body, libc::IFA_ADDRESS))
+        .and_then(v4)?;
+    Some((index, Ipv4Net::new(addr, payload[1]).ok()?))
+}
+
+/// Link and destination of an `RTM_NEWROUTE`, unless it is a default route.
+pub(super) fn parse_route(payload: &[u8]) -> Option<(u32, Ipv4Net)> {
+    let body = payload.get(12..)?;
+    let addr = attribute(body, libc::RTA_DST).and_then(v4)?;
+    let link = attribute(body, libc::RTA_OIF).and_then(as_u32).unwrap_or(0);
+    Some((link, Ipv4Net::new(addr, payload[1]).ok()?))
+}
+
+/// Link, address and MAC of a permanent `RTM_NEWNEIGH`.
+pub(super) fn parse_neighbour(payload: &[u8]) -> Option<(u32, Ipv4Addr, Mac)> {
+    let index = as_u32(payload.get(4..8)?)?;
+    let state = u16::from_ne_bytes(payload.get(8..10)?.try_into().ok()?);
+    if state & libc::NUD_PERMANENT == 0 {
+        return None;
+    }
+    let body = payload.get(12..)?;
+    Some((
+        index,
+        attribute(body, NDA_DST).and_then(v4)?,
+        attribute(body, NDA_LLADDR)?.try_into().ok()?,
+    ))
+}
+
+/// An `RTM_NEWLINK`.
+pub(super) fn parse_link(payload: &[u8]) -> Option<Link> {
     let index = as_u32(payload.get(4..8)?)?;
     let body = payload.get(16..)?;
     let mut link = Link {
@@ -186,14 +220,7 @@ impl Route {
     pub fn addresses(&self) -> io::Result<Vec<(u32, Ipv4Net)>> {
         let mut request = Request::default();
         request.message(libc::RTM_GETADDR, DUMP, &[AF_INET, 0, 0, 0, 0, 0, 0, 0]);
-        self.socket.dump(&request, |payload| {
-            let index = as_u32(payload.get(4..8)?)?;
-            let body = payload.get(8..)?;
-            let addr = attribute(body, libc::IFA_LOCAL)
-                .or_else(|| attribute(body, libc::IFA_ADDRESS))
-                .and_then(v4)?;
-            Some((index, Ipv4Net::new(addr, payload[1]).ok()?))
-        })
+        self.socket.dump(&request, parse_address)
     }
 
     /// Destinations of all IPv4 routes except default ones, with the link they leave by.
@@ -202,12 +229,7 @@ impl Route {
         let mut header = [0; 12];
         header[0] = AF_INET;
         request.message(libc::RTM_GETROUTE, DUMP, &header);
-        self.socket.dump(&request, |payload| {
-            let body = payload.get(12..)?;
-            let addr = attribute(body, libc::RTA_DST).and_then(v4)?;
-            let link = attribute(body, libc::RTA_OIF).and_then(as_u32).unwrap_or(0);
-            Some((link, Ipv4Net::new(addr, payload[1]).ok()?))
-        })
+        self.socket.dump(&request, parse_route)
     }
 
     /// Makes a bridge that is up. Already there is success.
@@ -508,40 +530,21 @@ impl Route {
 
     /// Permanent neighbours of all links: link, address, MAC.
     pub fn neighbours(&self) -> io::Result<Vec<(u32, Ipv4Addr, Mac)>> {
-        self.neighbour_dump(AF_INET, |index, body| {
-            Some((
-                index,
-                attribute(body, NDA_DST).and_then(v4)?,
-                attribute(body, NDA_LLADDR)?.try_into().ok()?,
-            ))
-        })
+        self.neighbour_dump(AF_INET)
     }
 
     /// Forwarding entries of all VXLAN devices: link, MAC, tunnel address.
     pub fn forwarding(&self) -> io::Result<Vec<(u32, Mac, Ipv4Addr)>> {
-        self.neighbour_dump(AF_BRIDGE, |index, body| {
-            Some((
-                index,
-                attribute(body, NDA_LLADDR)?.try_into().ok()?,
-                attribute(body, NDA_DST).and_then(v4)?,
-            ))
-        })
+        let found = self.neighbour_dump(AF_BRIDGE)?;
+        Ok(found
+            .into_iter()
+            .map(|(index, vtep, mac)| (index, mac, vtep))
+            .collect())
     }
 
-    fn neighbour_dump<T>(
-        &self,
-        family: u8,
-        parse: impl Fn(u32, &[u8]) -> Option<T>,
-    ) -> io::Result<Vec<T>> {
+    fn neighbour_dump(&self, family: u8) -> io::Result<Vec<(u32, Ipv4Addr, Mac)>> {
         let mut request = Request::default();
         request.message(libc::RTM_GETNEIGH, DUMP, &neighbour_header(family, 0, 0, 0));
-        self.socket.dump(&request, |payload| {
-            let index = as_u32(payload.get(4..8)?)?;
-            let state = u16::from_ne_bytes(payload.get(8..10)?.try_into().ok()?);
-            if state & libc::NUD_PERMANENT == 0 {
-                return None;
-            }
-            parse(index, payload.get(12..)?)
-        })
+        self.socket.dump(&request, parse_neighbour)
     }
 }

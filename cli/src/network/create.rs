@@ -51,7 +51,7 @@ pub async fn run(flags: Create, daemon: &Daemon) -> Result {
     output::line(&network.id)
 }
 
-fn spec(flags: &Create) -> std::result::Result<NetworkSpec, String> {
+pub(crate) fn spec(flags: &Create) -> std::result::Result<NetworkSpec, String> {
     if let Some(scope) = &flags.scope
         && scope != "swarm"
     {

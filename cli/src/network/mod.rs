@@ -1,6 +1,6 @@
 //! `swarm network …`
 
-mod create;
+pub(crate) mod create;
 mod inspect;
 mod ls;
 mod prune;

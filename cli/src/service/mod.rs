@@ -1,15 +1,15 @@
 //! `swarm service …`
 
-mod create;
-mod flags;
+pub(crate) mod create;
+pub(crate) mod flags;
 mod image;
 mod inspect;
 mod ls;
 mod progress;
 mod ps;
 mod rm;
-mod scale;
-mod spec;
+pub(crate) mod scale;
+pub(crate) mod spec;
 mod update;
 
 use swarm_proto::v1::{GetServiceRequest, Service, ServiceSpec, UpdateServiceRequest};

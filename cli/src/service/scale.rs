@@ -17,7 +17,7 @@ pub struct Scale {
     services: Vec<String>,
 }
 
-fn parse(text: &str) -> std::result::Result<(String, u64), String> {
+pub(crate) fn parse(text: &str) -> std::result::Result<(String, u64), String> {
     let (name, replicas) = text.split_once('=').ok_or_else(|| {
         format!("invalid scale specifier '{text}'. Expected format is <service>=<replicas>")
     })?;

@@ -442,31 +442,9 @@ impl Disk {
         if head.parts > 1 {
             return Ok(Record::FirstPart(head, payload));
         }
-        let mut rest = payload.as_slice();
-        let mut entries = Vec::new();
-        while !rest.is_empty() {
-            let damaged = |reason: String| self.damaged(key_name(first, 0), reason);
-            let (length, tail) = rest
-                .split_first_chunk::<4>()
-                .ok_or_else(|| damaged("cut short".into()))?;
-            let (bytes, tail) = tail
-                .split_at_checked(u32::from_le_bytes(*length) as usize)
-                .ok_or_else(|| damaged("cut short".into()))?;
-            entries.push(self.decode_entry(first, entries.len() as u64, bytes)?);
-            rest = tail;
-        }
-        Ok(Record::Entries(head, entries))
-    }
-
-    fn decode_entry(&self, first: u64, offset: u64, bytes: &[u8]) -> Result<Entry, DiskError> {
-        let entry: Entry = decode(bytes).map_err(|e| self.damaged(key_name(first, 0), e))?;
-        let (index, expected) = (entry.log_id().index, first + offset);
-        if index == expected {
-            Ok(entry)
-        } else {
-            let reason = format!("entry {index} where {expected} belongs");
-            Err(self.damaged(key_name(first, 0), reason))
-        }
+        parse_entries(first, &payload)
+            .map(|entries| Record::Entries(head, entries))
+            .map_err(|reason| self.damaged(key_name(first, 0), reason))
     }
 
     /// The entry that begins like this; `None` when the log ends before its last part.
@@ -492,7 +470,9 @@ impl Disk {
             }
             bytes.extend_from_slice(&piece);
         }
-        self.decode_entry(index, 0, &bytes).map(Some)
+        decode_entry(index, &bytes)
+            .map(Some)
+            .map_err(|reason| self.damaged(key_name(index, 0), reason))
     }
 
     /// The entries with these indexes that are there, in order; stops after the
@@ -738,6 +718,31 @@ impl Disk {
 fn seal_mark(sealer: &Sealer, mark: Mark) -> Vec<u8> {
     let numbers = [mark.end.next, mark.end.term, mark.vote];
     sealer.seal(b"log.mark", &numbers.map(u64::to_le_bytes).concat())
+}
+
+/// Takes the entries out of a record that begins with entry `first`, each behind its length.
+pub(crate) fn parse_entries(first: u64, payload: &[u8]) -> Result<Vec<Entry>, String> {
+    let mut rest = payload;
+    let mut entries = Vec::new();
+    let mut next = first;
+    while !rest.is_empty() {
+        let (length, tail) = rest.split_first_chunk::<4>().ok_or("cut short")?;
+        let (bytes, tail) = tail
+            .split_at_checked(u32::from_le_bytes(*length) as usize)
+            .ok_or("cut short")?;
+        entries.push(decode_entry(next, bytes)?);
+        next = next.checked_add(1).ok_or("its entries have no numbers")?;
+        rest = tail;
+    }
+    Ok(entries)
+}
+
+fn decode_entry(expected: u64, bytes: &[u8]) -> Result<Entry, String> {
+    let entry: Entry = decode(bytes).map_err(|e| e.to_string())?;
+    match entry.log_id().index {
+        index if index == expected => Ok(entry),
+        index => Err(format!("entry {index} where {expected} belongs")),
+    }
 }
 
 /// What an entry counts for in limits of bytes.

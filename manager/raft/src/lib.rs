@@ -7,6 +7,8 @@
 
 mod disk;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod group;
 mod log;
 mod member;

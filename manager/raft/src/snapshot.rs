@@ -13,7 +13,7 @@ use swarm_disk::Disk;
 
 use crate::error::DiskError;
 use crate::seal::Sealer;
-use crate::types::{LogId, Snapshot, SnapshotMeta, decode, encode};
+use crate::types::{CodecError, LogId, Snapshot, SnapshotMeta, decode, encode};
 
 /// The first bytes of a snapshot file, with the version of what follows.
 const MAGIC: &[u8; 8] = b"SWSNAP\0\x01";
@@ -111,11 +111,7 @@ impl Snapshots {
             .map_or((0, 0), |id| (id.leader_id.term, id.index));
         let path = self.dir.join(format!("{index:020}-{term:020}{SUFFIX}"));
         let aside = path.with_extension("writing");
-        let meta_bytes = encode(meta).map_err(|e| DiskError::io("encode", &path, e))?;
-        let length = u32::try_from(meta_bytes.len())
-            .unwrap_or(u32::MAX)
-            .to_le_bytes();
-        let plain = [&length, meta_bytes.as_slice(), state].concat();
+        let plain = pack(meta, state).map_err(|e| DiskError::io("encode", &path, e))?;
         let sealed = self.sealer.seal(MAGIC, &plain);
         #[cfg(feature = "museum")]
         if swarm_proto::museum::on(swarm_proto::museum::Bug::SnapshotNotSynced) {
@@ -174,26 +170,40 @@ impl Snapshots {
     }
 
     fn load(&self, path: &Path) -> Result<Snapshot, DiskError> {
-        let damaged =
-            |reason: &dyn ToString| DiskError::damaged(path, "the snapshot", reason.to_string());
         let bytes = self
             .disk
             .read(path)
             .map_err(|e| DiskError::io("read", path, e))?;
-        let sealed = bytes
-            .strip_prefix(MAGIC)
-            .ok_or_else(|| damaged(&"not a snapshot, or one of a newer build"))?;
-        let plain = self.sealer.open(MAGIC, sealed).map_err(|e| damaged(&e))?;
-        let cut_short = || damaged(&"cut short");
-        let (length, _) = plain.split_first_chunk::<4>().ok_or_else(cut_short)?;
-        let meta_end = 4 + u32::from_le_bytes(*length) as usize;
-        let meta: SnapshotMeta =
-            decode(plain.get(4..meta_end).ok_or_else(cut_short)?).map_err(|e| damaged(&e))?;
-        Ok(Snapshot {
-            meta,
-            snapshot: Bytes::from(plain).slice(meta_end..),
-        })
+        unseal(&self.sealer, &bytes)
+            .and_then(unpack)
+            .map_err(|reason| DiskError::damaged(path, "the snapshot", reason))
     }
+}
+
+/// What is sealed in a snapshot file.
+pub(crate) fn unseal(sealer: &Sealer, file: &[u8]) -> Result<Vec<u8>, String> {
+    let sealed = file
+        .strip_prefix(MAGIC)
+        .ok_or("not a snapshot, or one of a newer build")?;
+    sealer.open(MAGIC, sealed).map_err(|e| e.to_string())
+}
+
+/// The inverse of [`unpack`].
+pub(crate) fn pack(meta: &SnapshotMeta, state: &[u8]) -> Result<Vec<u8>, CodecError> {
+    let meta = encode(meta)?;
+    let length = u32::try_from(meta.len()).unwrap_or(u32::MAX).to_le_bytes();
+    Ok([&length, meta.as_slice(), state].concat())
+}
+
+/// The snapshot's place in the log and the encoded state.
+pub(crate) fn unpack(plain: Vec<u8>) -> Result<Snapshot, String> {
+    let (length, _) = plain.split_first_chunk::<4>().ok_or("cut short")?;
+    let meta_end = 4 + u32::from_le_bytes(*length) as usize;
+    let meta = plain.get(4..meta_end).ok_or("cut short")?;
+    Ok(Snapshot {
+        meta: decode(meta).map_err(|e| e.to_string())?,
+        snapshot: Bytes::from(plain).slice(meta_end..),
+    })
 }
 
 fn remove(disk: &dyn Disk, path: &Path) -> Result<(), DiskError> {

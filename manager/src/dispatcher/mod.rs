@@ -120,3 +120,14 @@ impl Dispatcher {
         }
     }
 }
+
+/// The messages of a node's complete set, for the fuzz targets.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn complete(
+    state: &swarm_store::State,
+    node: &NodeId,
+) -> Vec<swarm_proto::v1::Assignments> {
+    let kind = swarm_proto::v1::AssignmentsType::Complete;
+    let changes = assignments::AssignmentSet::complete(state, node);
+    assignments::messages(kind, 0, state.index(), changes)
+}

@@ -12,6 +12,8 @@ mod apply;
 #[cfg(test)]
 mod apply_test;
 pub mod consensus;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[cfg(test)]
 mod invariants_test;
 mod snapshot;

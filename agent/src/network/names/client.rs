@@ -214,7 +214,7 @@ impl Drop for Names {
 }
 
 /// What a network's table means for names.
-fn names_of(view: &NetworkView) -> NetworkNames {
+pub fn names_of(view: &NetworkView) -> NetworkNames {
     let services = view.services.values().map(|service| ServiceNames {
         id: service.service_id.clone(),
         names: std::iter::once(&service.name)

@@ -5,11 +5,11 @@
 //! session, keeps what it was told, and so goes on answering while the agent is dead, restarts or is upgraded. It
 //! ends by itself once no agent is connected and no sandbox is left.
 
-mod answer;
+pub(super) mod answer;
 pub(super) mod client;
 mod server;
-mod upstream;
-mod wire;
+pub(super) mod upstream;
+pub(super) mod wire;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -48,7 +48,8 @@ impl HostServers {
     }
 }
 
-fn parse(text: &str) -> Vec<IpAddr> {
+/// The servers of a resolv.conf.
+pub fn parse(text: &str) -> Vec<IpAddr> {
     text.lines()
         .filter_map(|line| {
             let mut words = line.split_ascii_whitespace();
@@ -107,7 +108,7 @@ fn renumbered(packet: &[u8]) -> (Vec<u8>, [u8; 2]) {
 }
 
 /// The answer with the asker's number, if it answers this question.
-fn accept(
+pub fn accept(
     mut answer: Vec<u8>,
     id: [u8; 2],
     packet: &[u8],
