@@ -573,7 +573,13 @@ impl Draft {
             )
             .is_ok();
         let free = old.node_id.is_empty() || old.node_id == decided.node_id;
-        if !as_seen || !free || state_of(&old) != TaskState::Pending || decided.node_id.is_empty() {
+        let pending = state_of(&old) == TaskState::Pending;
+        #[cfg(feature = "museum")]
+        let (free, pending) = match swarm_proto::museum::on(swarm_proto::museum::Bug::PlacedTwice) {
+            true => (true, pending || state_of(&old) == TaskState::Assigned),
+            false => (free, pending),
+        };
+        if !as_seen || !free || !pending || decided.node_id.is_empty() {
             return;
         }
         self.put_task(Task {
@@ -606,10 +612,7 @@ impl Draft {
         if new.slot != old.slot {
             return fixed("slot");
         }
-        let moves = new.node_id != old.node_id && !old.node_id.is_empty();
-        #[cfg(feature = "museum")]
-        let moves = moves && !swarm_proto::museum::on(swarm_proto::museum::Bug::PlacedTwice);
-        if moves {
+        if new.node_id != old.node_id && !old.node_id.is_empty() {
             return fixed("node");
         }
         check_state(new.desired_state)?;
