@@ -1,5 +1,5 @@
 //! Every target on any toolchain: its seeds, its corpus (each crash that was ever found is in it),
-//! and random changes of both.
+//! and random changes of both: `SWARM_FUZZ_CASES` of them, or few.
 
 use std::path::PathBuf;
 
@@ -89,8 +89,9 @@ fn check(name: &str) {
         6 => known.prop_map(|(input, changes)| changed(input, &changes)),
         1 => prop::collection::vec(any::<u8>(), 0..64),
     ];
+    let asked = std::env::var("SWARM_FUZZ_CASES");
     let config = Config {
-        cases: CASES,
+        cases: asked.map_or(CASES, |asked| asked.parse().expect("a number")),
         failure_persistence: None,
         ..Config::default()
     };
