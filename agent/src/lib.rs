@@ -7,6 +7,8 @@ pub mod description;
 mod driver;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+#[cfg(feature = "testing")]
+pub mod light;
 pub mod local;
 pub mod network;
 mod programmer;

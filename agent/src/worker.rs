@@ -90,7 +90,10 @@ impl Assembler {
     /// # Errors
     /// When the message does not belong to the set that was begun, or the set is too large.
     pub fn push(&mut self, message: Assignments) -> Result<Option<AssignmentSet>, SetError> {
-        self.bytes = self.bytes.saturating_add(message.encoded_len());
+        let length = message.encoded_len();
+        #[cfg(feature = "testing")]
+        crate::light::LARGEST_MESSAGE.fetch_max(length, std::sync::atomic::Ordering::Relaxed);
+        self.bytes = self.bytes.saturating_add(length);
         if self.bytes > SET_MAX {
             return Err(SetError::TooLarge);
         }
