@@ -3,14 +3,17 @@
 //! sled calls what it has written "stable" after `sync_file_range`, which makes
 //! nothing durable, and from then on may write over what it has moved elsewhere:
 //! an fdatasync later would not bring it back. So [`sync_file_range`] is ours
-//! here, and syncs. What sled leaves when it is cut short while it is made or opened is
-//! dealt with before it sees it. A sled page over 128 KiB becomes a file in `blobs/`
-//! that nothing syncs; keeping values far below that is the caller's affair. sled
-//! reports some damage by a panic, which is caught here.
+//! here, and syncs; so is [`rename`], which keeps the name of sled's own index. What
+//! sled leaves when it is cut short while it is made or opened is dealt with before it
+//! sees it. A sled page over 128 KiB becomes a file in `blobs/` that nothing syncs;
+//! keeping values far below that is the caller's affair. sled reports some damage by a
+//! panic, which is caught here.
 
+use std::ffi::{CStr, OsStr};
 use std::fs;
 use std::io;
 use std::ops::Bound;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -123,7 +126,7 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
     fs::File::open(dir).and_then(|handle| handle.sync_all())
 }
 
-/// How often sled has synced.
+/// How often sled has called them.
 static SLED_SYNCED: AtomicU64 = AtomicU64::new(0);
 
 /// In the place of libc's, for sled, which takes it for a sync of the range: here it is one, of the
@@ -146,14 +149,50 @@ pub extern "C" fn sync_file_range(
     unsafe { libc::fdatasync(file) }
 }
 
-/// Makes sure that what sled calls is the function above.
+/// In the place of libc's, for sled: a new index of its own must have its name for good before sled
+/// wipes segments that it no longer needs by that index, or the old index finds a hole where the log
+/// goes on, and sled drops everything behind it. All other files are renamed as ever.
+///
+/// # Safety
+/// As libc's: both are strings that end with a zero.
+// SAFETY: does what libc's does, by another of its functions; then at most fails where libc's would
+// not, as it may.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rename(from: *const libc::c_char, to: *const libc::c_char) -> libc::c_int {
+    SLED_SYNCED.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: the caller's strings, for the same use.
+    let renamed = unsafe { libc::renameat(libc::AT_FDCWD, from, libc::AT_FDCWD, to) };
+    if renamed != 0 {
+        return renamed;
+    }
+    // SAFETY: it was good enough for renameat.
+    let to = unsafe { CStr::from_ptr(to) };
+    let to = Path::new(OsStr::from_bytes(to.to_bytes()));
+    let index = |name: &OsStr| name.as_bytes().starts_with(b"snap.");
+    if !to.file_name().is_some_and(index) {
+        return 0;
+    }
+    match parent(to).and_then(sync_dir) {
+        Ok(()) => 0,
+        Err(error) => {
+            // SAFETY: this thread's own.
+            unsafe { *libc::__errno_location() = error.raw_os_error().unwrap_or(libc::EIO) };
+            -1
+        }
+    }
+}
+
+/// Makes sure that what sled calls are the functions above.
 fn sled_syncs() -> io::Result<()> {
     let before = SLED_SYNCED.load(Ordering::Relaxed);
     // SAFETY: takes any number, and fails for one that is no open file.
     unsafe { libc::sync_file_range(-1, 0, 0, 0) };
-    if SLED_SYNCED.load(Ordering::Relaxed) == before {
+    let between = SLED_SYNCED.load(Ordering::Relaxed);
+    // Fails: there is no such name.
+    let _ = fs::rename("", "");
+    if between == before || SLED_SYNCED.load(Ordering::Relaxed) == between {
         return Err(io::Error::other(
-            "this build writes databases that a power cut would destroy: sync_file_range is libc's",
+            "this build writes databases that a power cut would destroy: it calls libc's functions",
         ));
     }
     Ok(())
