@@ -327,7 +327,7 @@ mod tests {
         assert_eq!(refused.code(), Code::FailedPrecondition);
         assert_eq!(
             refused.message(),
-            format!("network {} is in use by service s1", network.id)
+            "network net is in use by service web"
         );
         assert_eq!(bench.objects(), before);
         bench.write([testing::remove(ObjectKind::Service, "s1")]);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
 use prost_types::Timestamp;
+use swarm_proto::names::task_short_name;
 use swarm_proto::task_state::{is_terminal, may_advance};
 use swarm_proto::v1::rejection::Code;
 use swarm_proto::v1::{
@@ -811,7 +812,7 @@ impl Draft {
         if let Some(user) = self.user_of_network(id) {
             return Err(refuse(
                 Code::InUse,
-                format!("network {id} is in use by {user}"),
+                format!("network {} is in use by {user}", network_name(&old)),
             ));
         }
         self.state.ipam.remove_network(&old);
@@ -836,7 +837,11 @@ impl Draft {
             .tasks_by_network
             .get(id)
             .and_then(OrdSet::get_min);
-        let service = service.map(|service| format!("service {service}"));
+        let service = service.map(|id| {
+            let spec = self.state.service(id).and_then(|found| found.spec.as_ref());
+            let name = spec.map_or(id.as_str(), |spec| name_of(&spec.annotations));
+            format!("service {name}")
+        });
         let waiting = || {
             let waiters = self.state.ipam.waiting().map(|(who, _, _)| who);
             waiters.into_iter().find_map(|who| match who {
@@ -849,7 +854,11 @@ impl Draft {
                 Waiter::Service(_) => None,
             })
         };
-        let task = || task.or_else(waiting).map(|task| format!("task {task}"));
+        let task = || {
+            let id = task.or_else(waiting)?;
+            let name = self.state.task(id).map(|found| task_short_name(found));
+            Some(format!("task {} ({id})", name.unwrap_or_default()))
+        };
         service.or_else(task)
     }
 

@@ -294,7 +294,7 @@ fn a_service_keeps_its_virtual_address_as_long_as_its_network() {
     let in_use = refusal(&state, remove(ObjectKind::Network, "m"));
     assert_eq!(
         in_use,
-        (Code::InUse, "network m is in use by service s".into())
+        (Code::InUse, "network other is in use by service web".into())
     );
 }
 
@@ -305,7 +305,7 @@ fn a_network_with_a_live_task_is_in_use_after_its_service_is_gone() {
     let in_use = refusal(&state, remove(ObjectKind::Network, "n"));
     assert_eq!(
         in_use,
-        (Code::InUse, "network n is in use by task t".into())
+        (Code::InUse, "network net is in use by task s.1 (t)".into())
     );
     let state = after(&state, [report("t", TaskState::Shutdown, 2)]);
     after(&state, [remove(ObjectKind::Network, "n")]);
