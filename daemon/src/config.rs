@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use nix::unistd::{AccessFlags, access};
 use serde::Deserialize;
 
 /// The node process: agent always, manager when the node has that role.
@@ -71,16 +72,27 @@ impl File {
     /// It cannot be read, or has bad values: all of them are named.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         match std::fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text).map_err(|problems| ConfigError::Invalid {
-                path: path.to_owned(),
-                problems,
-            }),
+            Ok(text) => Self::parse(&text)
+                .and_then(Self::checked)
+                .map_err(|problems| ConfigError::Invalid {
+                    path: path.to_owned(),
+                    problems,
+                }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(source) => Err(ConfigError::Read {
                 path: path.to_owned(),
                 source,
             }),
         }
+    }
+
+    /// What only this machine can tell: tasks would find out one by one.
+    fn checked(self) -> Result<Self, String> {
+        if let Some(runtime) = self.oci_runtime.as_deref().filter(|path| *path != "builtin") {
+            access(runtime, AccessFlags::X_OK)
+                .map_err(|error| format!("oci-runtime: {runtime}: {}", error.desc()))?;
+        }
+        Ok(self)
     }
 
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
@@ -136,6 +148,21 @@ mod tests {
         )
         .unwrap_err();
         assert_eq!(problems.lines().count(), 4, "{problems}");
+    }
+
+    #[test]
+    fn a_runtime_that_is_not_there_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("swarmd.toml");
+        let text = |runtime: &str| format!("oci-runtime = \"{runtime}\"\n");
+        std::fs::write(&path, text("/nowhere/crun")).unwrap();
+        let error = File::load(&path).unwrap_err().to_string();
+        assert!(
+            error.ends_with("oci-runtime: /nowhere/crun: No such file or directory"),
+            "{error}"
+        );
+        std::fs::write(&path, text("/bin/sh")).unwrap();
+        assert!(File::load(&path).is_ok());
     }
 
     #[test]

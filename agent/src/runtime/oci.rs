@@ -376,11 +376,16 @@ impl OciRuntime {
                 .stdin(Stdio::null())
                 .output()
                 .await;
-            if let Err(err) = delete {
-                return Err(RuntimeError::Failed {
-                    step: "delete container",
-                    reason: format!("{}: {err}", program.display()),
-                });
+            match delete {
+                Ok(_) => {}
+                // Uninstalled meanwhile: its container is dead, and its files go with ours.
+                Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+                Err(err) => {
+                    return Err(RuntimeError::Failed {
+                        step: "delete container",
+                        reason: format!("{}: {err}", program.display()),
+                    });
+                }
             }
         }
         let engine = self.config.run.join("engine").join(task.as_str());
