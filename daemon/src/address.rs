@@ -110,15 +110,13 @@ pub fn advertise(text: &str, local: &[LocalAddress]) -> Result<SocketAddr, Addre
         },
         None => (text, API_PORT),
     };
-    let (candidates, place): (Vec<&LocalAddress>, String) = if name.is_empty() {
-        (local.iter().collect(), "on different interfaces".to_owned())
-    } else {
-        let on: Vec<_> = local.iter().filter(|a| a.interface == name).collect();
-        if on.is_empty() {
-            return Err(invalid(text));
-        }
-        (on, format!("on interface {name}"))
-    };
+    let candidates: Vec<&LocalAddress> = local
+        .iter()
+        .filter(|a| name.is_empty() || a.interface == name)
+        .collect();
+    if candidates.is_empty() && !name.is_empty() {
+        return Err(invalid(text));
+    }
     // Where there is one IPv4 address, IPv6 addresses beside it make no doubt.
     let v4: Vec<_> = candidates.iter().filter(|a| a.addr.is_ipv4()).collect();
     let chosen = match (v4.as_slice(), candidates.as_slice()) {
@@ -131,6 +129,11 @@ pub fn advertise(text: &str, local: &[LocalAddress]) -> Result<SocketAddr, Addre
                 .map(|a| a.addr.to_string())
                 .collect::<Vec<_>>()
                 .join(" and ");
+            let first = &candidates[0].interface;
+            let place = match candidates.iter().all(|a| a.interface == *first) {
+                true => format!("on interface {first}"),
+                false => "on different interfaces".to_owned(),
+            };
             return Err(AddressError::Several { place, list });
         }
     };
@@ -211,8 +214,16 @@ mod tests {
     fn several_addresses_are_named() {
         let two = local(&[("eth0", "10.0.0.5"), ("eth1", "10.0.0.6")]);
         let error = advertise("", &two).unwrap_err().to_string();
-        assert!(error.contains("10.0.0.5 and 10.0.0.6"), "{error}");
+        assert!(
+            error.contains("on different interfaces (10.0.0.5 and 10.0.0.6)"),
+            "{error}"
+        );
         assert!(error.contains("--advertise-addr"), "{error}");
+        let same = local(&[("eth0", "10.0.0.5"), ("eth0", "10.0.0.6")]);
+        for text in ["", "eth0"] {
+            let error = advertise(text, &same).unwrap_err().to_string();
+            assert!(error.contains("on interface eth0 (10"), "{error}");
+        }
     }
 
     #[test]

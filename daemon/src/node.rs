@@ -82,6 +82,16 @@ impl Node {
     /// What is on disk cannot be used; the error names the file.
     pub async fn resume(&self, held: Held) -> anyhow::Result<()> {
         let Held(mut member) = held;
+        let resumed = self.resume_in(&mut member).await;
+        if resumed.is_err() {
+            // The process ends. Until it has, nobody may be told that this node is in no swarm,
+            // nor make another one here: the lock is never given back.
+            std::mem::forget(member);
+        }
+        resumed
+    }
+
+    async fn resume_in(&self, member: &mut Option<Member>) -> anyhow::Result<()> {
         let stored = self.key_store().load()?;
         let settings = Settings::load(&self.on.data_dir)?;
         let (Some(stored), Some(settings)) = (stored, settings) else {
