@@ -88,7 +88,11 @@ impl File {
 
     /// What only this machine can tell: tasks would find out one by one.
     fn checked(self) -> Result<Self, String> {
-        if let Some(runtime) = self.oci_runtime.as_deref().filter(|path| *path != "builtin") {
+        if let Some(runtime) = self
+            .oci_runtime
+            .as_deref()
+            .filter(|path| *path != "builtin")
+        {
             access(runtime, AccessFlags::X_OK)
                 .map_err(|error| format!("oci-runtime: {runtime}: {}", error.desc()))?;
         }

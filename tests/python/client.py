@@ -134,4 +134,5 @@ def main():
     print("python client: all well")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -146,6 +146,83 @@ impl Cluster {
         .map(drop)
     }
 
+    /// The host whose manager leads, as `asked` sees it.
+    ///
+    /// # Errors
+    /// `swarm` failed, or none is marked.
+    pub fn leader(&self, asked: &str) -> Result<String> {
+        let listing = self.swarm(
+            asked,
+            &["node", "ls", "--format", "{{.Hostname}} {{.ManagerStatus}}"],
+        )?;
+        listing
+            .lines()
+            .find_map(|line| line.strip_suffix(" Leader"))
+            .map(str::to_owned)
+            .context("node ls marks no leader")
+    }
+
+    /// "Ready" or "Down": what h1 says of a host.
+    ///
+    /// # Errors
+    /// `swarm` failed, or there is no such node.
+    pub fn status_of(&self, host: &str) -> Result<String> {
+        let listing = self.swarm(
+            "h1",
+            &["node", "ls", "--format", "{{.Hostname}} {{.Status}}"],
+        )?;
+        listing
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("{host} ")))
+            .map(str::to_owned)
+            .context("no such node")
+    }
+
+    /// Runs a command on a host and returns its exit status and what it said on standard error.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn attempt(&self, host: &str, argv: &[&str]) -> Result<(Option<i32>, String)> {
+        let output = self.run(host, argv)?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((output.status.code(), said))
+    }
+
+    /// A connection to `addr`:2377 that sends `first` (as in a Python string of bytes) and then
+    /// nothing. It is there when this returns; the process ends when the other side ends it.
+    ///
+    /// # Errors
+    /// It was not accepted.
+    pub fn half_open(&self, host: &str, addr: &str, first: &str) -> Result<std::process::Child> {
+        let script = format!(
+            "import socket, sys\n\
+             s = socket.create_connection(('{addr}', 2377))\n\
+             s.sendall(b'{first}')\n\
+             print('connected', flush=True)\n\
+             try:\n    s.recv(1)\nexcept OSError:\n    pass\n"
+        );
+        let mut child = self
+            .command(host, "/usr/bin/python3")?
+            .args(["-c", &script])
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::piped())
+            .spawn()?;
+        let mut line = String::new();
+        let stdout = child.stdout.take().context("a pipe")?;
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
+        ensure!(line == "connected\n", "no connection to {addr}: {line}");
+        Ok(child)
+    }
+
+    /// The log of a host's swarmd.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn log(&self, host: &str) -> Result<String> {
+        let path = crate::lab::host_dir(host).join("swarmd.log");
+        Ok(String::from_utf8_lossy(&std::fs::read(path)?).into_owned())
+    }
+
     /// Runs a shell script in a task's container and returns what it prints.
     ///
     /// # Errors

@@ -156,6 +156,7 @@ impl Lab {
             "ip link set lo up && ip link add br0 type bridge && ip link set br0 up \
              && ip addr add 172.30.99.254/24 dev br0",
         )?;
+        self.start_names()?;
         self.start_registry()?;
         for number in 1..=config.hosts {
             self.add_host(number)?;
@@ -662,7 +663,26 @@ impl Lab {
         Ok(())
     }
 
-    fn start_registry(&self) -> Result<()> {
+    /// PIDs of the programs of this name that run on the switch: "docker-registry", "dnsmasq".
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn processes_on_switch(&self, program: &str) -> Result<Vec<i32>> {
+        let named = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| {
+                // The kernel keeps fifteen characters.
+                comm.trim_end() == &program[..program.len().min(15)]
+            })
+        };
+        let all = processes_of(&[self.switch])?;
+        Ok(all.into_iter().filter(named).collect())
+    }
+
+    /// Starts the registry, and returns when it answers.
+    ///
+    /// # Errors
+    /// It runs already, or does not answer.
+    pub fn start_registry(&self) -> Result<()> {
         let config = Path::new(LAB_DIR).join("registry.yml");
         fs::write(
             &config,
@@ -673,6 +693,15 @@ impl Lab {
             ),
         )?;
         self.spawn_on_switch("docker-registry", &["serve", &config.to_string_lossy()])?;
+        wait_until(Duration::from_secs(20), "the registry answers", || {
+            Ok(self
+                .in_switch(&format!("curl -sf -o /dev/null http://{REGISTRY}/v2/"))
+                .is_ok()
+                .then_some(()))
+        })
+    }
+
+    fn start_names(&self) -> Result<()> {
         // Answers for the names outside the cluster.
         self.spawn_on_switch(
             "dnsmasq",
@@ -686,13 +715,7 @@ impl Lab {
                 "--listen-address=172.30.99.254",
                 "--address=/registry.lab/172.30.99.254",
             ],
-        )?;
-        wait_until(Duration::from_secs(20), "the registry answers", || {
-            Ok(self
-                .in_switch(&format!("curl -sf -o /dev/null http://{REGISTRY}/v2/"))
-                .is_ok()
-                .then_some(()))
-        })
+        )
     }
 
     fn spawn_on_switch(&self, program: &str, args: &[&str]) -> Result<()> {

@@ -129,7 +129,7 @@ fn losing_the_leader_loses_no_acknowledged_write() -> Result<()> {
         &["--network", "net", "--replicas", "2", &nginx()],
     )?;
     cluster.client("h1", "client", "h3", "net")?;
-    let leader = leader(&cluster, "h1")?;
+    let leader = cluster.leader("h1")?;
     let writer = ["h1", "h2", "h3"]
         .into_iter()
         .find(|host| *host != leader)
@@ -237,7 +237,7 @@ fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -
     let silent = Instant::now();
     cluster.pause("h2")?;
     wait_until(PATIENCE, "h2 is Down", || {
-        Ok((status(&cluster, "h2")? == "Down").then_some(()))
+        Ok((cluster.status_of("h2")? == "Down").then_some(()))
     })?;
     let elapsed = silent.elapsed();
     ensure!(
@@ -252,7 +252,7 @@ fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -
         "h2 is Ready again and has stopped what was replaced",
         || {
             let left = cluster.host_sh("h2", "ls /run/swarm/netns 2>/dev/null | wc -l")?;
-            Ok((status(&cluster, "h2")? == "Ready" && left.trim() == "0").then_some(()))
+            Ok((cluster.status_of("h2")? == "Ready" && left.trim() == "0").then_some(()))
         },
     )?;
     Ok(())
@@ -261,7 +261,7 @@ fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -
 #[test]
 fn a_cut_minority_changes_nothing_and_catches_up() -> Result<()> {
     let cluster = Cluster::up(3, 3)?;
-    let leader = leader(&cluster, "h1")?;
+    let leader = cluster.leader("h1")?;
     let others: Vec<&str> = ["h1", "h2", "h3"]
         .into_iter()
         .filter(|host| *host != leader)
@@ -294,28 +294,4 @@ fn a_cut_minority_changes_nothing_and_catches_up() -> Result<()> {
             .then_some(()))
     })?;
     cluster.wait_ready(PATIENCE)
-}
-
-fn leader(cluster: &Cluster, asked: &str) -> Result<String> {
-    let listing = cluster.swarm(
-        asked,
-        &["node", "ls", "--format", "{{.Hostname}} {{.ManagerStatus}}"],
-    )?;
-    listing
-        .lines()
-        .find_map(|line| line.strip_suffix(" Leader"))
-        .map(str::to_owned)
-        .context("node ls marks no leader")
-}
-
-fn status(cluster: &Cluster, host: &str) -> Result<String> {
-    let listing = cluster.swarm(
-        "h1",
-        &["node", "ls", "--format", "{{.Hostname}} {{.Status}}"],
-    )?;
-    listing
-        .lines()
-        .find_map(|line| line.strip_prefix(&format!("{host} ")))
-        .map(str::to_owned)
-        .context("no such node")
 }

@@ -124,6 +124,143 @@ fn a_node_that_left_can_be_removed_and_join_again() -> Result<()> {
 }
 
 #[test]
+fn addresses_ports_and_pools_are_those_of_init() -> Result<()> {
+    let cluster = Cluster::unformed(2)?;
+    cluster.host_sh("h1", "ip addr add 172.30.99.101/24 dev eth0")?;
+    let cases: &[(&[&str], &str)] = &[
+        (
+            &["--advertise-addr", "nonsense"],
+            "\"nonsense\" is neither an IP address",
+        ),
+        (&["--advertise-addr", "0.0.0.0"], "must be a real address"),
+        (
+            &[
+                "--advertise-addr",
+                "172.30.99.1",
+                "--listen-addr",
+                "172.30.99.77:2377",
+            ],
+            "cannot listen on 172.30.99.77:2377",
+        ),
+        (
+            &[
+                "--advertise-addr",
+                "172.30.99.1",
+                "--data-path-addr",
+                "8.8.8.8",
+            ],
+            "must be one of this machine's",
+        ),
+        (
+            &[
+                "--advertise-addr",
+                "172.30.99.1",
+                "--default-addr-pool",
+                "foo",
+            ],
+            "invalid default address pool foo: invalid CIDR block notation",
+        ),
+        (
+            &[
+                "--advertise-addr",
+                "172.30.99.1",
+                "--default-addr-pool",
+                "10.0.0.5/8",
+            ],
+            "it should be 10.0.0.0/8",
+        ),
+        (
+            &[
+                "--advertise-addr",
+                "172.30.99.1",
+                "--default-addr-pool-mask-length",
+                "4",
+            ],
+            "must be between 8 and 29, not 4",
+        ),
+        (
+            &["--advertise-addr", "172.30.99.1", "--cert-expiry", "1m"],
+            "must be at least 3600s",
+        ),
+        (
+            &[
+                "--advertise-addr",
+                "172.30.99.1",
+                "--availability",
+                "sleepy",
+            ],
+            "sleepy",
+        ),
+    ];
+    for (flags, expected) in cases {
+        let argv: Vec<&str> = ["swarm", "init"]
+            .into_iter()
+            .chain(flags.iter().copied())
+            .collect();
+        let (code, said) = cluster.attempt("h1", &argv)?;
+        ensure!(
+            code == Some(1) && said.contains(expected) && said.lines().count() == 1,
+            "{argv:?} says {said:?} and exits with {code:?}"
+        );
+        ensure!(cluster.swarm("h1", &["info"])?.contains("Swarm: inactive"));
+    }
+    ensure!(cluster.host_sh("h1", "ls /var/lib/swarm")? == "certificates\nruntime\n");
+    cluster.swarm(
+        "h1",
+        &[
+            "init",
+            "--advertise-addr",
+            "172.30.99.1:2400",
+            "--listen-addr",
+            "172.30.99.1:2400",
+            "--data-path-addr",
+            "172.30.99.101",
+            "--default-addr-pool",
+            "10.200.0.0/16",
+            "--default-addr-pool-mask-length",
+            "26",
+        ],
+    )?;
+    let listening = cluster.host_sh("h1", "ss -Hltn | awk '{print $4}'")?;
+    ensure!(
+        listening == "172.30.99.1:2400\n",
+        "h1 listens on {listening}"
+    );
+    let said = cluster.swarm("h1", &["join-token", "worker"])?;
+    let line = said
+        .lines()
+        .find(|line| line.contains("swarm join"))
+        .context("no line to join with")?;
+    ensure!(line.ends_with(" 172.30.99.1:2400"), "{line}");
+    // As people do: the line is copied to the other machine.
+    cluster.host_sh("h2", line)?;
+    for (name, subnet) in [("n1", "10.200.0.0/26"), ("n2", "10.200.0.64/26")] {
+        cluster.swarm("h1", &["network", "create", "--driver", "overlay", name])?;
+        let ipam = cluster.swarm(
+            "h1",
+            &[
+                "network",
+                "inspect",
+                "--format",
+                "{{json .IPAM.Config}}",
+                name,
+            ],
+        )?;
+        ensure!(ipam.contains(subnet), "{name} has {ipam}");
+    }
+    // Packets of the overlay go to the data path address.
+    cluster.client("h1", "a", "h1", "n1")?;
+    cluster.client("h1", "b", "h2", "n1")?;
+    cluster.sh("h2", "b.1", "ping -c 1 -W 2 tasks.a")?;
+    let peers = cluster.host_sh(
+        "h2",
+        "for f in /run/swarm/netns/net-*; do nsenter --net=$f bridge fdb show | grep -o 'dst [0-9.]*'; done",
+    )?;
+    ensure!(peers == "dst 172.30.99.101\n", "h2 sends to {peers}");
+    Ok(())
+}
+
+#[test]
 fn drained_and_paused_nodes_get_no_tasks() -> Result<()> {
     let cluster = Cluster::up(2, 1)?;
     cluster.service(

@@ -1,7 +1,5 @@
 //! Bad input and bad days: one clear sentence, exit status 1, nothing half-made.
 
-use std::process::Stdio;
-
 use anyhow::{Context as _, Result, ensure};
 use swarm_tests::cluster::{Cluster, PATIENCE, busybox};
 use swarm_tests::lab::{REGISTRY, host_dir, wait_until};
@@ -397,20 +395,12 @@ fn strangers_get_nothing() -> Result<()> {
     );
 
     // A half-open connection keeps nobody from being served, and does not last.
-    let mut silent = cluster
-        .command("h2", "sh")?
-        .args([
-            "-c",
-            "exec 3<>/dev/tcp/172.30.99.1/2377 || exec nc 172.30.99.1 2377",
-        ])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
+    let mut silent = cluster.half_open("h2", "172.30.99.1", "")?;
     let fresh = cluster.swarm("h1", &["join-token", "-q", "worker"])?;
     cluster.swarm("h2", &["join", "--token", fresh.trim(), "172.30.99.1:2377"])?;
-    let _ = silent.kill();
-    silent.wait()?;
+    wait_until(PATIENCE, "the silent connection is ended", || {
+        Ok(silent.try_wait()?.map(drop))
+    })?;
     let nodes = cluster.swarm("h1", &["node", "ls", "-q"])?;
     ensure!(nodes.lines().count() == 2, "{nodes}");
     let log = std::fs::read_to_string(host_dir("h1").join("swarmd.log"))?;

@@ -325,10 +325,7 @@ mod tests {
         let before = bench.objects();
         let refused = remove().await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition);
-        assert_eq!(
-            refused.message(),
-            "network net is in use by service web"
-        );
+        assert_eq!(refused.message(), "network net is in use by service web");
         assert_eq!(bench.objects(), before);
         bench.write([testing::remove(ObjectKind::Service, "s1")]);
         assert_eq!(remove().await.unwrap().id, network.id);
