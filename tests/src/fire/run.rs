@@ -177,6 +177,7 @@ pub fn run(lab: &mut Lab, options: &Options) -> Result<Summary> {
         .collect();
     let struck = strike(lab, &shared, options);
     shared.stop();
+    let worst = shared.worst();
     runtime.block_on(async {
         for client in clients {
             client.await.context("a client panicked")?;
@@ -206,7 +207,7 @@ pub fn run(lab: &mut Lab, options: &Options) -> Result<Summary> {
         unknown: shared.counts.unknown.load(Ordering::Relaxed),
         took,
         faults,
-        worst: shared.worst(),
+        worst,
         objects: objects.len(),
         checked: Duration::ZERO,
         controls: (0, 0),

@@ -165,9 +165,7 @@ impl Shared {
     /// The longest time without an acknowledged write, per event.
     #[must_use]
     pub fn worst(&self) -> BTreeMap<String, Duration> {
-        let mut gaps = self.gaps.lock();
-        gaps.note();
-        gaps.worst.clone()
+        self.gaps.lock().worst.clone()
     }
 
     /// When a write was last acknowledged.
@@ -182,8 +180,9 @@ impl Shared {
         self.reasons.lock().clone()
     }
 
-    /// Lets the clients end.
+    /// Lets the clients end. That nothing is written from now on is nobody's fault.
     pub fn stop(&self) {
+        self.gaps.lock().note();
         self.stop.store(true, Ordering::Relaxed);
     }
 
