@@ -220,7 +220,7 @@ impl Disk {
             && recovered.purged < Some(committed)
             && recovered.last > Some(committed)
         {
-            disk.truncate_after(Some(committed.index)).await?;
+            disk.truncate_after(Some(committed)).await?;
             Recovered {
                 last: Some(committed),
                 ..recovered
