@@ -1,0 +1,439 @@
+//! What happens in one seed: who is there, what goes wrong and when, and how it must end.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use swarm_proto::v1::NodeRole;
+use swarm_store::State;
+
+use crate::check;
+use crate::dice::Dice;
+use crate::engine::Sim;
+use crate::machine::{self, Begin, Machine, addr_of};
+use crate::workload::{self, Client};
+use crate::world::{self, HostId, MICRO, MILLI, SECOND};
+
+/// How large a seed is.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Managers; 0: by the seed.
+    pub managers: usize,
+    /// Machines besides; `usize::MAX`: by the seed.
+    pub agents: usize,
+    /// Simulated time with faults, nanoseconds.
+    pub trouble: u64,
+}
+
+/// How long the cluster may take to be well again once all faults are gone.
+const HEAL_LIMIT: u64 = 120 * SECOND;
+/// More than this is to come only if something piles up.
+const EVENTS_MAX: usize = 100_000;
+/// Bytes on their way at once, all connections together.
+const BYTES_MAX: usize = 64 << 20;
+/// Between two looks at whether it is.
+const LOOK: u64 = 200 * MILLI;
+
+struct Stage {
+    machines: Vec<Arc<Machine>>,
+    /// The first so many begin as managers.
+    first_managers: usize,
+    clients: Vec<HostId>,
+    dice: Dice,
+    healing: bool,
+    heal_until: u64,
+    trouble: u64,
+    client_pause: u64,
+    faults: u64,
+}
+
+thread_local! {
+    static STAGE: RefCell<Option<Stage>> = const { RefCell::new(None) };
+}
+
+fn with<T>(look: impl FnOnce(&mut Stage) -> T) -> T {
+    STAGE.with(|stage| look(stage.borrow_mut().as_mut().expect("the plan is made")))
+}
+
+/// Whether all faults are over and clients verify what they know.
+pub fn healing() -> bool {
+    with(|stage| stage.healing)
+}
+
+/// The mean pause of a client between two requests.
+pub fn client_pause() -> u64 {
+    with(|stage| stage.client_pause)
+}
+
+/// The hosts that are managers, as the newest state says.
+pub fn managers() -> Vec<HostId> {
+    let all = with(|stage| stage.machines.len());
+    let known: Vec<HostId> = check::newest().map_or_else(Vec::new, |state| {
+        let addrs = state.nodes().filter_map(|node| {
+            let status = node.manager_status.as_ref()?;
+            (node.role() == NodeRole::Manager).then_some(status.addr.clone())
+        });
+        let addrs: BTreeSet<String> = addrs.collect();
+        (0..all)
+            .filter(|host| addrs.contains(&addr_of(*host)))
+            .collect()
+    });
+    if known.is_empty() { vec![0] } else { known }
+}
+
+/// Addresses of the managers but this one.
+pub fn manager_addrs(but: HostId) -> Vec<String> {
+    let others = managers().into_iter().filter(|host| *host != but);
+    others.map(addr_of).collect()
+}
+
+/// Nodes that are in the state although their machine is another node by now.
+pub fn stale(state: &State) -> Vec<Arc<swarm_proto::v1::Node>> {
+    let all = with(|stage| stage.machines.len());
+    let mut is: BTreeMap<String, String> = BTreeMap::new();
+    for host in 0..all {
+        let node = machine::node(host)
+            .and_then(|node| node.look(|member| member.identity.node_id().to_string()));
+        if let Some(node) = node {
+            is.insert(format!("h{host}"), node);
+        }
+    }
+    let known = |node: &swarm_proto::v1::Node| {
+        let description = node.description.as_ref()?;
+        Some(is.get(&description.hostname)? == &node.id)
+    };
+    let nodes = state.nodes().filter(|node| known(node) == Some(false));
+    nodes.cloned().collect()
+}
+
+/// Makes everybody and schedules everything.
+pub fn make(sim: &mut Sim, seed: u64, size: Size) {
+    let mut dice = Dice::new(seed, "plan");
+    let managers = match size.managers {
+        0 => 3 + 2 * dice.below(2) as usize,
+        given => given,
+    };
+    let agents = match size.agents {
+        usize::MAX if dice.once_in(12) => dice.between(12, 47) as usize,
+        usize::MAX => dice.between(1, 6) as usize,
+        given => given,
+    };
+    let machines: Vec<_> = (0..managers + agents)
+        .map(|_| Machine::new(seed, sim.add_host()))
+        .collect();
+    let clients: Vec<_> = (0..2).map(|_| sim.add_host()).collect();
+    let client_pause = dice.between(200, 2500) * MILLI;
+    STAGE.with(|stage| {
+        *stage.borrow_mut() = Some(Stage {
+            first_managers: managers,
+            clients: clients.clone(),
+            machines,
+            dice,
+            healing: false,
+            heal_until: 0,
+            trouble: size.trouble,
+            client_pause,
+            faults: 0,
+        });
+    });
+    sim.after_step(check::after_step);
+    start(sim, 0);
+    world::call_at(SECOND / 2, form);
+}
+
+/// Once the first manager serves, the others join, and clients come.
+fn form(sim: &mut Sim) {
+    if !check::serving().contains(&0) {
+        return again(LOOK, form);
+    }
+    let all = with(|stage| stage.machines.len());
+    for host in 1..all {
+        let at = world::now() + with(|stage| stage.dice.below(2 * SECOND));
+        world::call_at(at, move |sim| start(sim, host));
+    }
+    let clients = with(|stage| stage.clients.clone());
+    let seed = sim.seed();
+    for (number, host) in clients.into_iter().enumerate() {
+        let watcher = Client::new(seed, &format!("watch{number}"));
+        let one = Client::new(seed, &format!("c{number}a"));
+        let two = Client::new(seed, &format!("c{number}b"));
+        let admin = (number == 0).then(|| Client::new(seed, "admin"));
+        sim.boot(host, async move {
+            tokio::spawn(watcher.watch());
+            tokio::spawn(one.run());
+            tokio::spawn(two.run());
+            if let Some(admin) = admin {
+                admin.administer().await;
+            }
+            std::future::pending::<()>().await;
+        });
+    }
+    again(6 * SECOND, trouble);
+    let end = with(|stage| stage.trouble);
+    again(6 * SECOND + end, heal);
+}
+
+fn again(nanos: u64, call: impl FnOnce(&mut Sim) + 'static) {
+    world::call_at(world::now() + nanos, call);
+}
+
+fn begin(host: HostId) -> Begin {
+    let first_managers = with(|stage| stage.first_managers);
+    match host {
+        0 => Begin::Found,
+        host if host < first_managers => Begin::Manager,
+        _ => Begin::Worker,
+    }
+}
+
+fn machine_of(host: HostId) -> Arc<Machine> {
+    with(|stage| Arc::clone(&stage.machines[host]))
+}
+
+/// A process has ended by itself: whoever runs the machine starts it again.
+pub fn process_ended(host: HostId) {
+    check::gone(host);
+    let pause = with(|stage| stage.dice.between(100 * MILLI, 3 * SECOND));
+    again(pause, move |sim| start(sim, host));
+}
+
+fn start(sim: &mut Sim, host: HostId) {
+    if sim.is_up(host) {
+        return;
+    }
+    let machine = machine_of(host);
+    machine.mood.set_failing(false);
+    sim.boot(host, machine.run(begin(host)));
+}
+
+fn stop(sim: &mut Sim, host: HostId, power: bool, pause: u64) {
+    if !sim.is_up(host) {
+        return;
+    }
+    sim.crash(host, power);
+    check::gone(host);
+    if power {
+        machine_of(host).lose_power(&mut sim.dice);
+    }
+    again(pause, move |sim| start(sim, host));
+}
+
+/// A new machine takes the place of an old one, which is lost for ever. At most one manager at a
+/// time, as no cluster survives the loss of most of its managers.
+fn replace(sim: &mut Sim, host: HostId, pause: u64) {
+    let Some(state) = check::newest() else { return };
+    let managers = managers();
+    if managers.contains(&host) && (managers.len() < 3 || !stale(&state).is_empty()) {
+        return;
+    }
+    let all_serve = managers.iter().all(|host| check::serving().contains(host));
+    if !all_serve || !sim.is_up(host) || machine::node(host).is_none() {
+        return;
+    }
+    sim.crash(host, true);
+    check::gone(host);
+    machine_of(host).wipe();
+    again(pause, move |sim| start(sim, host));
+}
+
+/// Some container of the host ends by itself.
+fn end_container(sim: &mut Sim, host: HostId) {
+    let machine = machine_of(host);
+    let tasks: Vec<_> = machine.runtime.state().containers.into_keys().collect();
+    let code = sim.dice.below(2) as i32;
+    if let Some(task) = sim.dice.pick(&tasks).cloned() {
+        let runtime = Arc::clone(&machine.runtime);
+        sim.spawn(host, async move { runtime.exit(&task, code) });
+    }
+}
+
+/// One thing that goes wrong, and the next one some time later.
+fn trouble(sim: &mut Sim) {
+    if healing() {
+        return;
+    }
+    let (kind, mut host, other, length, pause) = with(|stage| {
+        stage.faults += 1;
+        let machines = stage.machines.len() as u64;
+        let all = machines + stage.clients.len() as u64;
+        let among = if stage.dice.once_in(2) {
+            stage.first_managers as u64
+        } else {
+            machines
+        };
+        let host = stage.dice.below(among) as usize;
+        let other = stage.dice.below(all) as usize;
+        let length = stage.dice.around(3 * SECOND);
+        let pause = stage.dice.around(1200 * MILLI);
+        (stage.dice.below(110), host, other, length, pause)
+    });
+    // Who leads is worth more trouble than others.
+    if let Some(leader) = check::leader()
+        && sim.dice.once_in(4)
+    {
+        host = leader;
+    }
+    let machine = machine_of(host);
+    tracing::info!(kind, host, other, length = length / MILLI, "trouble");
+    match kind {
+        0..15 => stop(sim, host, false, length),
+        15..30 => stop(sim, host, true, length),
+        30..44 => cut(host, other, kind % 3, length),
+        44..53 => {
+            let everybody = with(|stage| stage.machines.len() + stage.clients.len());
+            for other in 0..everybody {
+                cut(host, other, kind % 3, length);
+            }
+        }
+        53..61 => world::with(|world| {
+            let open = world.fabric.open();
+            for _ in 0..3 {
+                if let Some(conn) = sim.dice.pick(&open) {
+                    world.break_connection(*conn);
+                }
+            }
+        }),
+        61..67 => {
+            let loss = sim.dice.between(10_000, 300_000);
+            world::with(|world| world.fabric.line(host, other).loss = loss);
+            again(length, move |_| {
+                world::with(|world| world.fabric.line(host, other).loss = 0);
+            });
+        }
+        67..73 => {
+            machine
+                .mood
+                .set_slow(Some(sim.dice.between(MILLI, 200 * MILLI)));
+            again(length, move |_| machine.mood.set_slow(None));
+        }
+        73..77 => machine.mood.stall(world::now() + length),
+        77..80 => {
+            machine.mood.set_failing(true);
+            // Whoever does not write does not notice; the disk is mended then.
+            again(10 * SECOND, move |_| machine.mood.set_failing(false));
+        }
+        80..86 => sim.pause(host, length),
+        86..90 => {
+            let cost = sim.dice.between(200 * MICRO, 3 * MILLI);
+            sim.set_step_cost(host, cost);
+            again(length, move |sim| sim.set_step_cost(host, 20 * MICRO));
+        }
+        90..94 => {
+            let ahead = sim.dice.between(0, 7200 * SECOND) as i64 - 3600 * SECOND as i64;
+            sim.set_skew(host, ahead);
+            again(length, move |sim| sim.set_skew(host, 0));
+        }
+        94..97 => replace(sim, host, length),
+        _ => end_container(sim, host),
+    }
+    let (events, bytes) = world::with(|world| (world.pending(), world.fabric.outstanding()));
+    if events > EVENTS_MAX || bytes > BYTES_MAX {
+        sim.fail(format!(
+            "{events} events are to come, and {bytes} bytes are on their way"
+        ));
+    }
+    again(pause, trouble);
+}
+
+fn cut(one: HostId, other: HostId, ways: u64, length: u64) {
+    if one == other {
+        return;
+    }
+    let set = move |cut| {
+        world::with(|world| {
+            if ways != 1 {
+                world.set_cut(one, other, cut);
+            }
+            if ways != 2 {
+                world.set_cut(other, one, cut);
+            }
+        });
+    };
+    set(true);
+    again(length, move |_| set(false));
+}
+
+/// All faults end; from now on the cluster must become well.
+fn heal(sim: &mut Sim) {
+    tracing::info!("all faults end");
+    with(|stage| {
+        stage.healing = true;
+        stage.heal_until = world::now() + HEAL_LIMIT;
+    });
+    let (machines, clients) = with(|stage| (stage.machines.clone(), stage.clients.clone()));
+    let all = machines.len() + clients.len();
+    world::with(|world| {
+        for one in 0..all {
+            for other in 0..all {
+                world.set_cut(one, other, false);
+                world.fabric.line(one, other).loss = 0;
+            }
+        }
+    });
+    for machine in machines {
+        machine.mood.set_slow(None);
+        machine.mood.set_failing(false);
+        sim.set_skew(machine.host, 0);
+        sim.set_step_cost(machine.host, 20 * MICRO);
+        start(sim, machine.host);
+    }
+    look(sim);
+}
+
+fn look(sim: &mut Sim) {
+    match unwell(sim) {
+        None => sim.done(),
+        Some(reason) if world::now() > with(|stage| stage.heal_until) => {
+            sim.fail(format!(
+                "{} s after all faults have ended: {reason}",
+                HEAL_LIMIT / SECOND
+            ));
+        }
+        Some(_) => again(LOOK, look),
+    }
+}
+
+/// Why the cluster is not well.
+fn unwell(sim: &Sim) -> Option<String> {
+    let machines = with(|stage| stage.machines.clone());
+    for machine in &machines {
+        let host = machine.host;
+        let member = machine::node(host).and_then(|node| node.look(|_| ()));
+        if !sim.is_up(host) || member.is_none() {
+            return Some(format!("h{host} is in no cluster"));
+        }
+    }
+    for host in managers() {
+        if !check::serving().contains(&host) {
+            return Some(format!("h{host} is to be a manager and is none"));
+        }
+    }
+    if check::leader().is_none() {
+        return Some("nobody leads".to_owned());
+    }
+    if !workload::all_verified() {
+        return Some(format!(
+            "clients {:?} have not verified what they know",
+            workload::unverified()
+        ));
+    }
+    let managers = managers();
+    let mut states = check::states();
+    states.retain(|(host, _)| managers.contains(host));
+    let newest = states.iter().map(|(_, state)| state.index()).max()?;
+    for (host, state) in &states {
+        if state.index() != newest {
+            return Some(format!("h{host} is at {}, not at {newest}", state.index()));
+        }
+        if !check::same_objects(state, &states[0].1) {
+            return Some(format!("h{host} holds another state than h{}", states[0].0));
+        }
+    }
+    let state = &states.first()?.1;
+    crate::goal::missing(state, &machines)
+}
+
+/// Faults so far.
+pub fn faults() -> u64 {
+    with(|stage| stage.faults)
+}
