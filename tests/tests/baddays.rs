@@ -1,4 +1,4 @@
-//! Bad days of real processes: disks that are full, strangers at the door, a
+//! Bad days of real processes: disks that are full or damaged, strangers at the door, a
 //! terminal that is let go of, another container engine.
 
 use std::fs::File;
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::termios::LocalFlags;
+use swarm_proto::v1::control_client::ControlClient;
+use swarm_proto::v1::{GetClusterRequest, UpdateClusterRequest};
 use swarm_tests::cluster::{Cluster, PATIENCE, busybox};
 use swarm_tests::lab::{host_dir, wait_until};
 
@@ -74,6 +76,90 @@ fn a_full_disk_stops_its_manager_and_space_lets_it_start_again() -> Result<()> {
         "{written} networks were made: {listed}"
     );
     Ok(())
+}
+
+#[test]
+fn a_damaged_file_is_named_and_nothing_of_it_is_served() -> Result<()> {
+    let mut cluster = Cluster::up(1, 1)?;
+    snapshot_every(20)?;
+    for number in 0..30 {
+        let name = format!("n{number}");
+        cluster.swarm("h1", &["network", "create", "--driver", "overlay", &name])?;
+    }
+    let files = "find /var/lib/swarm/raft/snapshots -name '*.snapshot' -type f";
+    wait_until(PATIENCE, "there is a snapshot", || {
+        Ok((!cluster.host_sh("h1", files)?.trim().is_empty()).then_some(()))
+    })?;
+    cluster.stop("h1")?;
+    let snapshot = cluster.host_sh("h1", files)?.trim().to_owned();
+    for file in [
+        snapshot.as_str(),
+        "/var/lib/swarm/raft/member",
+        "/var/lib/swarm/raft/log.mark",
+    ] {
+        let path = host_dir("h1").join("lib").join(
+            file.strip_prefix("/var/lib/swarm/")
+                .context("a file of swarmd")?,
+        );
+        let whole = std::fs::read(&path).with_context(|| format!("reading {file}"))?;
+        let mut damaged = whole.clone();
+        for byte in damaged.iter_mut().skip(whole.len() / 2).take(8) {
+            *byte ^= 0x55;
+        }
+        std::fs::write(&path, damaged)?;
+        let error = cluster
+            .start("h1")
+            .err()
+            .with_context(|| format!("swarmd started with a damaged {file}"))?;
+        let last = format!("{error:#}");
+        let last = last.lines().last().unwrap_or_default();
+        ensure!(last.contains(file), "{file} is not named: {last}");
+        std::fs::write(&path, whole)?;
+    }
+    // None of the refusals has changed anything.
+    cluster.start("h1")?;
+    ensure!(
+        cluster
+            .swarm("h1", &["network", "ls", "-q"])?
+            .lines()
+            .count()
+            == 30
+    );
+    Ok(())
+}
+
+/// Sets the cluster's snapshot interval, which the command line has no flag for.
+fn snapshot_every(entries: u64) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let socket = host_dir("h1").join("run/swarm.sock");
+        let channel = tonic::transport::Endpoint::from_static("http://localhost")
+            .connect_with_connector(tower::service_fn(move |_| {
+                let socket = socket.clone();
+                async move {
+                    let stream = tokio::net::UnixStream::connect(socket).await?;
+                    std::io::Result::Ok(hyper_util::rt::TokioIo::new(stream))
+                }
+            }))
+            .await?;
+        let mut control = ControlClient::new(channel);
+        let cluster = control
+            .get_cluster(GetClusterRequest {})
+            .await?
+            .into_inner();
+        let mut spec = cluster.spec.unwrap_or_default();
+        spec.snapshot_interval = Some(entries);
+        let version = cluster.meta.and_then(|meta| meta.version);
+        control
+            .update_cluster(UpdateClusterRequest {
+                version: version.map_or(0, |version| version.index),
+                spec: Some(spec),
+            })
+            .await?;
+        Ok(())
+    })
 }
 
 #[test]
