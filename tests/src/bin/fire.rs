@@ -71,14 +71,16 @@ fn fire(args: Args) -> Result<()> {
                 clients: args.clients,
                 hold: Duration::from_millis(args.hold),
                 seed: args.seed,
-                faults: nemesis::ALL
-                    .iter()
-                    .filter(|fault| {
+                faults: if args.only.is_empty() {
+                    nemesis::ALL.to_vec()
+                } else {
+                    let named = |fault: &&nemesis::Fault| {
                         let name = fault.to_string();
-                        args.only.is_empty() || args.only.iter().any(|only| name.contains(only))
-                    })
-                    .copied()
-                    .collect(),
+                        args.only.iter().any(|only| name.contains(only))
+                    };
+                    let known = nemesis::ALL.iter().chain(nemesis::KNOWN_BUGS);
+                    known.filter(named).copied().collect()
+                },
             };
             println!("{}", run::run(&mut cluster, &options)?.verdict()?);
         }
