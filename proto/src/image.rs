@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::Ipv6Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Longest name (registry and path), as in the distribution specification.
 const NAME_MAX: usize = 255;
@@ -187,7 +187,16 @@ fn is_registry(text: &str) -> bool {
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b == b'-')
     };
-    host.split('.').all(label) && number.is_none_or(port)
+    // A name that ends in a number is taken for an address wherever addresses are read.
+    let last = host.rsplit('.').next().unwrap_or(host);
+    let hex = last
+        .strip_prefix("0x")
+        .or_else(|| last.strip_prefix("0X"))
+        .is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_hexdigit()));
+    let numeric = hex || last.bytes().all(|b| b.is_ascii_digit());
+    host.split('.').all(label)
+        && (!numeric || host.parse::<Ipv4Addr>().is_ok())
+        && number.is_none_or(port)
 }
 
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
@@ -296,6 +305,9 @@ mod tests {
             &format!("nginx@sha512:{}", "0".repeat(128)),
             "host:99999/a",
             "host:/a",
+            "10.9W0.254:5000/a",
+            "10.9.0.256/a",
+            "a.0x1/a",
             "-a",
             "a@",
             &"a".repeat(256),

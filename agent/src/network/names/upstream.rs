@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::op::{Message, MessageType, ResponseCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -115,7 +115,8 @@ pub fn accept(
     query: &Message,
 ) -> Option<(Vec<u8>, ResponseCode)> {
     let message = Message::from_vec(&answer).ok()?;
-    if answer[..2] != id || message.queries != query.queries {
+    let is_answer = message.metadata.message_type == MessageType::Response;
+    if !is_answer || answer[..2] != id || message.queries != query.queries {
         return None;
     }
     answer[..2].copy_from_slice(&packet[..2]);
@@ -165,6 +166,21 @@ async fn ask_tcp(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_question_is_no_answer() {
+        let mut query = Message::query();
+        query.add_query(hickory_proto::op::Query::query(
+            hickory_proto::rr::Name::from_ascii("a.example.").unwrap(),
+            hickory_proto::rr::RecordType::A,
+        ));
+        let packet = query.to_vec().unwrap();
+        let id = [packet[0], packet[1]];
+        assert!(accept(packet.clone(), id, &packet, &query).is_none());
+        let mut answer = packet.clone();
+        answer[2] |= 0x80;
+        assert!(accept(answer, id, &packet, &query).is_some());
+    }
 
     #[test]
     fn servers_are_read_from_the_file() {
