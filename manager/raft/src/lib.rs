@@ -1,8 +1,8 @@
 //! Consensus and disk: openraft on sled, snapshots, transport, membership.
 //!
 //! [`RaftNode`] is the real [`swarm_store::Consensus`]. Everything of openraft
-//! and of sled stays in this crate. Log, snapshots and the member's ID live in
-//! one directory, encrypted; what cannot be read as it was written keeps the
+//! stays in this crate. Log, snapshots and the member's ID live in one directory
+//! of the [`swarm_disk::Disk`] that is given, encrypted; what cannot be read as it was written keeps the
 //! manager from starting.
 
 mod disk;
