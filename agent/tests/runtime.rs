@@ -136,20 +136,6 @@ async fn stop_asks_first_and_kills_after_the_grace_period() {
 }
 
 #[tokio::test]
-async fn what_is_told_to_stop_while_it_starts_still_hears_of_it() {
-    let host = Host::new();
-    let runtime = host.runtime();
-    // Process 1 has no handler yet: the kernel drops what is sent to it now.
-    let script = "echo ready; sleep 0.5; trap 'exit 3' TERM; while :; do sleep 0.01; done";
-    let (config, _) = start_script(&host, &runtime, script).await;
-    let exit = runtime
-        .stop(&config.task_id, Duration::from_secs(20))
-        .await
-        .unwrap();
-    assert_eq!(exit.code, 3);
-}
-
-#[tokio::test]
 async fn a_container_that_was_never_started_stops_at_once() {
     let host = Host::new();
     let runtime = host.runtime();

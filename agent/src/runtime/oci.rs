@@ -38,8 +38,6 @@ const UNKNOWN_EXIT: Exit = Exit {
 };
 /// With less than this share of the disk left, unused images go at once.
 const ROOM: f64 = 0.15;
-/// Waits between two looks at a process that does not listen to a signal yet: first, longest.
-const LISTENS_AGAIN: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
 /// A shim answers at once; one that does not is stopped or ill.
 const SHIM_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -279,20 +277,6 @@ impl OciRuntime {
             }
         }
         Ok(())
-    }
-
-    /// Returns when the container's first process would take notice of a signal. The kernel drops one
-    /// for which process 1 of a namespace has no handler, so what is told to stop while it is still
-    /// starting would never hear of it. Returns at once if there is no such process.
-    async fn until_it_listens(&self, task: &TaskId, signal: i32) {
-        let mut wait = LISTENS_AGAIN.0;
-        // A handler cannot be watched for.
-        while let Some(init) = self.init(task)
-            && !super::shim::listens(init.pid, signal)
-        {
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(LISTENS_AGAIN.1);
-        }
     }
 
     /// Returns when the container has ended and that is on record.
@@ -677,20 +661,10 @@ impl Runtime for OciRuntime {
         // Before its start, process 1 ignores every signal but KILL.
         if self.run_dir(task).join(names::STARTED).exists() {
             let signal = super::shim::load(&dir).map_or(libc::SIGTERM, |shim| shim.stop_signal);
-            let ask = async {
-                self.until_it_listens(task, signal).await;
-                if let Err(err) = self.signal(task, signal).await {
-                    tracing::warn!(%task, %err, "stop signal not delivered");
-                }
-                std::future::pending::<()>().await;
-            };
-            let stopped = async {
-                tokio::select! {
-                    exit = self.ended(task, &dir) => exit,
-                    () = ask => unreachable!("it never ends"),
-                }
-            };
-            if let Ok(exit) = tokio::time::timeout(grace, stopped).await {
+            if let Err(err) = self.signal(task, signal).await {
+                tracing::warn!(%task, %err, "stop signal not delivered");
+            }
+            if let Ok(exit) = tokio::time::timeout(grace, self.ended(task, &dir)).await {
                 return exit;
             }
         }

@@ -92,28 +92,6 @@ impl Process {
     }
 }
 
-/// Whether a process takes notice of a signal: it has a handler for it, or holds it back for later.
-/// Nobody can refuse KILL and STOP. True if nothing is known of the process.
-pub(super) fn listens(pid: i32, signal: i32) -> bool {
-    match fs::read_to_string(format!("/proc/{pid}/status")) {
-        Ok(status) => matches!(signal, libc::SIGKILL | libc::SIGSTOP) || takes(&status, signal),
-        Err(_) => true,
-    }
-}
-
-fn takes(status: &str, signal: i32) -> bool {
-    let Some(bit) = u32::try_from(signal - 1).ok().filter(|&bit| bit < 64) else {
-        return true;
-    };
-    ["SigCgt:", "SigBlk:"].iter().any(|key| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(key))
-            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-            .is_none_or(|mask| mask & (1 << bit) != 0)
-    })
-}
-
 /// File names in a container's directory and its run directory.
 pub(super) mod names {
     pub const CONFIG: &str = "shim.json";
@@ -732,26 +710,4 @@ pub(super) fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     }
     // SAFETY: just opened; descriptors fit in an i32.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_signal_is_noticed_when_it_is_caught_or_held_back() {
-        let status = |blocked: u64, caught: u64| {
-            format!(
-                "Name:\tx\nSigBlk:\t{blocked:016x}\nSigIgn:\t0000000000000000\nSigCgt:\t{caught:016x}\n"
-            )
-        };
-        let term = 1 << (libc::SIGTERM - 1);
-        assert!(!takes(&status(0, 0), libc::SIGTERM));
-        assert!(!takes(&status(1, 1), libc::SIGTERM));
-        assert!(takes(&status(0, term), libc::SIGTERM));
-        assert!(takes(&status(term, 0), libc::SIGTERM));
-        // What cannot be known does not hold up a stop.
-        assert!(takes("", libc::SIGTERM) && takes(&status(0, 0), 0) && takes(&status(0, 0), 65));
-        assert!(listens(i32::MAX, libc::SIGTERM));
-    }
 }
