@@ -136,6 +136,28 @@ async fn stop_asks_first_and_kills_after_the_grace_period() {
 }
 
 #[tokio::test]
+async fn what_is_told_to_stop_while_it_starts_still_hears_of_it_and_once() {
+    let host = Host::new();
+    let runtime = host.runtime();
+    let scripts = [
+        // Process 1 has no handler yet: the kernel drops what is sent to it now.
+        "echo ready; sleep 0.5; trap 'echo asked; exit 3' TERM; while :; do sleep 0.01; done",
+        // It has one that is of no use yet, as nginx: what is caught now changes nothing later.
+        "trap 'echo early' TERM; echo ready; i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done; \
+         trap 'echo asked; exit 3' TERM; while :; do sleep 0.01; done",
+    ];
+    for script in scripts {
+        let (config, _) = start_script(&host, &runtime, script).await;
+        let exit = runtime
+            .stop(&config.task_id, Duration::from_secs(20))
+            .await
+            .unwrap();
+        assert_eq!(exit.code, 3, "{script}");
+        assert_eq!(output(&runtime, &config).await, "ready\nasked\n");
+    }
+}
+
+#[tokio::test]
 async fn a_container_that_was_never_started_stops_at_once() {
     let host = Host::new();
     let runtime = host.runtime();

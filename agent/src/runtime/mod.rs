@@ -14,6 +14,7 @@ mod follow;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod layer;
+mod listens;
 mod logfile;
 mod oci;
 mod pull;
@@ -229,7 +230,8 @@ pub trait Runtime: Send + Sync + 'static {
     /// Returns when it has ended (at once if it has).
     async fn wait(&self, task: &TaskId) -> Result<Exit, RuntimeError>;
 
-    /// Sends the stop signal (the spec's, the image's, or SIGTERM), waits up to `grace`, then SIGKILL.
+    /// Sends the stop signal (the spec's, the image's, or SIGTERM) once the container can hear it, and SIGKILL
+    /// when `grace` has passed since the call.
     /// Returns when the container has ended.
     async fn stop(&self, task: &TaskId, grace: Duration) -> Result<Exit, RuntimeError>;
 

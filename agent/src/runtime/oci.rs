@@ -23,6 +23,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 
 use super::bundle::{self, NodeFacts};
+use super::listens::{Reception, reception};
 use super::pull::{Puller, blocking, parse};
 use super::shim::{Process, ShimConfig, names, pidfd, read_exit, write_exit};
 use super::store::{Store, remove_tree};
@@ -38,6 +39,10 @@ const UNKNOWN_EXIT: Exit = Exit {
 };
 /// With less than this share of the disk left, unused images go at once.
 const ROOM: f64 = 0.15;
+/// Waits between two looks at a process that does not listen to a signal yet: first, longest.
+const LISTENS_AGAIN: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// How long a program that catches the signal may take to be ready for it.
+const READY_WITHIN: Duration = Duration::from_secs(1);
 /// A shim answers at once; one that does not is stopped or ill.
 const SHIM_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -277,6 +282,27 @@ impl OciRuntime {
             }
         }
         Ok(())
+    }
+
+    /// Returns when a signal to the container's first process would have its effect: one that is told to
+    /// stop while it is still starting would never hear of it. Returns at once if there is no such process.
+    async fn until_it_listens(&self, task: &TaskId, signal: i32) {
+        let (mut wait, mut early) = (LISTENS_AGAIN.0, None);
+        // None of this can be watched for.
+        while let Some(init) = self.init(task) {
+            match reception(init.pid, signal) {
+                Reception::Heard => return,
+                Reception::Dropped => {}
+                Reception::Early => {
+                    let since = early.get_or_insert_with(tokio::time::Instant::now);
+                    if since.elapsed() >= READY_WITHIN {
+                        return;
+                    }
+                }
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(LISTENS_AGAIN.1);
+        }
     }
 
     /// Returns when the container has ended and that is on record.
@@ -660,11 +686,15 @@ impl Runtime for OciRuntime {
         }
         // Before its start, process 1 ignores every signal but KILL.
         if self.run_dir(task).join(names::STARTED).exists() {
+            let deadline = tokio::time::Instant::now() + grace;
             let signal = super::shim::load(&dir).map_or(libc::SIGTERM, |shim| shim.stop_signal);
+            // Sent once: a second one makes some programs give up at once.
+            let listens = self.until_it_listens(task, signal);
+            let _ = tokio::time::timeout_at(deadline, listens).await;
             if let Err(err) = self.signal(task, signal).await {
                 tracing::warn!(%task, %err, "stop signal not delivered");
             }
-            if let Ok(exit) = tokio::time::timeout(grace, self.ended(task, &dir)).await {
+            if let Ok(exit) = tokio::time::timeout_at(deadline, self.ended(task, &dir)).await {
                 return exit;
             }
         }

@@ -350,6 +350,11 @@ impl<'a> Shim<'a> {
             }
         };
         let made = in_child(|| {
+            // Process 1 inherits what is held back here, and what arrives before its program runs would be
+            // dropped all the same: whoever looks must not take it for a program that listens.
+            let none = SigSet::empty();
+            none.thread_set_mask()
+                .map_err(|err| format!("set up signals: {err}"))?;
             complete_spec(config, dir)?;
             engine::create(config, dir, &pid_file, stdio)
         });
