@@ -472,6 +472,48 @@ async fn a_small_init_reaps_passes_signals_on_and_ends_as_its_child() {
     );
 }
 
+#[tokio::test]
+async fn an_exec_whose_shim_is_killed_ends_with_its_process() {
+    let host = Host::new();
+    let runtime = host.runtime();
+    let (config, first) = start_script(&host, &runtime, "echo ready; sleep 1000").await;
+    let command = ["sh", "-c", "sleep 31415 & echo here; wait"].map(str::to_owned);
+    let start = ExecConfig {
+        command: command.to_vec(),
+        ..ExecConfig::default()
+    };
+    let mut session = runtime.exec(&config.task_id, start).await.unwrap();
+    let here = session.output.recv().await;
+    assert_eq!(here, Some(ExecOutput::Stdout("here\n".into())));
+    let named = |words: [&str; 2]| -> Vec<i32> {
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            words.iter().all(|word| line.contains(word))
+        })
+        .collect()
+    };
+    let shims = named(["exec-shim-sealed", config.task_id.as_str()]);
+    assert_eq!(shims.len(), 1, "{shims:?}");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(shims[0]),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
+    let sentence = "exec ended: the process that looks after it is gone\n";
+    let said = session.output.recv().await;
+    assert_eq!(said, Some(ExecOutput::Stderr(sentence.into())));
+    assert_eq!(session.output.recv().await, Some(ExecOutput::Exit(255)));
+    let left = ["sh", "-c", "ps | grep -c '[s]leep 31415'; true"];
+    eventually("what it started has ended", || {
+        named(["sleep", "31415"]).is_empty()
+    });
+    assert_eq!(exec(&runtime, &config, &left).await, (0, "0\n".to_owned()));
+    assert!(is_alive(first));
+}
+
 async fn exec_with(
     runtime: &OciRuntime,
     config: &ContainerConfig,

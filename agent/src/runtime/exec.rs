@@ -9,7 +9,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc;
 
-use super::execshim::{ExecRequest, MAX_FRAME, frame};
+use super::execshim::{self, ExecRequest, MAX_FRAME, frame};
+use super::shim::Process;
 use super::{ExecConfig, ExecInput, ExecOutput, ExecSession, RuntimeError};
 
 /// Pieces in flight per direction: enough to keep a terminal fluent, and at most 0.5 MiB of output.
@@ -83,15 +84,20 @@ async fn serve(
     output: mpsc::Sender<ExecOutput>,
 ) {
     let gone = output.clone();
+    let mut entered = None;
     tokio::select! {
         () = gone.closed() => {}
         // Input alone never ends the session: the shim takes a closed pipe as "agent gone".
         () = send_input(stdin, input) => {}
-        () = receive_output(stdout, &output) => {}
+        () = receive_output(stdout, &output, &mut entered) => {}
     }
     // Both pipes are closed now: the shim kills its process, if it still runs, and ends.
     if let Err(err) = child.wait().await {
         tracing::warn!(%err, "cannot wait for exec shim");
+    }
+    // Unless it was killed itself.
+    if let Some(process) = entered.filter(Process::is_alive) {
+        execshim::kill(process.pid);
     }
 }
 
@@ -120,23 +126,34 @@ async fn send_input(mut stdin: ChildStdin, mut input: mpsc::Receiver<ExecInput>)
     std::future::pending::<()>().await;
 }
 
-async fn receive_output(mut stdout: ChildStdout, output: &mpsc::Sender<ExecOutput>) {
+/// Until the process has ended, or its shim, which leaves it in `entered`.
+async fn receive_output(
+    mut stdout: ChildStdout,
+    output: &mpsc::Sender<ExecOutput>,
+    entered: &mut Option<Process>,
+) {
     loop {
         let mut header = [0; 5];
-        if stdout.read_exact(&mut header).await.is_err() {
-            // Killed from outside: nobody knows how the process ended.
-            let _ = output.send(ExecOutput::Exit(255)).await;
-            return;
-        }
+        let mut data = Vec::new();
+        let mut whole = stdout.read_exact(&mut header).await.is_ok();
         let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
-        let mut data = vec![0; length.min(MAX_FRAME)];
-        if length > MAX_FRAME || stdout.read_exact(&mut data).await.is_err() {
+        if whole && length <= MAX_FRAME {
+            data.resize(length, 0);
+            whole = stdout.read_exact(&mut data).await.is_ok();
+        }
+        if !whole || length > MAX_FRAME {
+            let sentence = "exec ended: the process that looks after it is gone\n";
+            let _ = output.send(ExecOutput::Stderr(sentence.into())).await;
             let _ = output.send(ExecOutput::Exit(255)).await;
             return;
         }
         let message = match (header[0], data.as_slice()) {
             (b'o', _) => ExecOutput::Stdout(Bytes::from(data)),
             (b'e', _) => ExecOutput::Stderr(Bytes::from(data)),
+            (b'p', json) => {
+                *entered = serde_json::from_slice(json).ok();
+                continue;
+            }
             (b'x', &[a, b, c, d]) => ExecOutput::Exit(i32::from_be_bytes([a, b, c, d])),
             _ => {
                 data.push(b'\n');

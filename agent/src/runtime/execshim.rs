@@ -2,9 +2,10 @@
 //!
 //! Speaks frames on its standard streams: one letter, a length (4 bytes, big
 //! endian), that many bytes. In: `s` what to run (first, JSON), `i` input, `c` no
-//! more input, `r` terminal size (rows and columns, 2 bytes each). Out: `o` and `e`
-//! output, `x` exit code (4 bytes), `f` why it could not be started. When the
-//! agent goes away (end of input, broken output) the process is killed.
+//! more input, `r` terminal size (rows and columns, 2 bytes each). Out: `p` which process
+//! it is (first, JSON), `o` and `e` output, `x` exit code (4 bytes), `f` why it could not be
+//! started. When the agent goes away (end of input, broken output) the process is killed;
+//! when this process goes away, the agent kills it.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -77,6 +78,12 @@ pub(super) fn run(dir: &Path) -> ExitCode {
     };
     match Session::start(dir, &mut input) {
         Ok(session) => {
+            // None if it has ended already.
+            if let Some(process) = Process::find(session.pid) {
+                let process = serde_json::to_vec(&process).expect("plain data");
+                // The agent may be gone: that is seen when it is served.
+                let _ = output.write_all(&frame(b'p', &process));
+            }
             let code = session.serve(input, &mut output);
             if let Some(code) = code {
                 let _ = output.write_all(&frame(b'x', &code.to_be_bytes()));
@@ -90,6 +97,15 @@ pub(super) fn run(dir: &Path) -> ExitCode {
             let _ = output.write_all(&frame(b'f', &reason.as_bytes()[..end.unwrap_or(0)]));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Kills an entered process and its process group, which it leads. The caller knows that the number is still its own.
+pub(super) fn kill(pid: i32) {
+    // SAFETY: sends signals.
+    unsafe {
+        libc::kill(-pid, libc::SIGKILL);
+        libc::kill(pid, libc::SIGKILL);
     }
 }
 
@@ -387,11 +403,8 @@ impl Session {
 
     /// Nobody listens any more: kills the process and those it started in its session.
     fn abandon(&mut self) -> Option<i32> {
-        // SAFETY: our unreaped child, which leads its own process group.
-        unsafe {
-            libc::kill(-self.pid, libc::SIGKILL);
-            libc::kill(self.pid, libc::SIGKILL);
-        }
+        // Our unreaped child.
+        kill(self.pid);
         while let Ok(status) = waitpid(None, None) {
             if engine::exit_code(status).is_some_and(|(pid, _)| pid.as_raw() == self.pid) {
                 break;
