@@ -10,8 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use hyper_util::rt::TokioIo;
-use rustls::client::Resumption;
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::client::danger::ServerCertVerifier;
+use rustls::client::{Resumption, WantsClientCert};
+use rustls::server::NoServerSessionStorage;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::ServerName;
 use swarm_proto::defaults::ROLE_MANAGER;
@@ -26,6 +27,7 @@ use crate::PeerIdentity;
 use crate::ca::RootDigest;
 use crate::cert::{self, CertError, Leaf, Renewal, Validity};
 use crate::net::{Net, Tcp};
+use crate::verify;
 
 /// Connection and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -344,11 +346,7 @@ pub(crate) fn check(material: &KeyMaterial) -> Result<Leaf, IdentityError> {
 const ALPN: &[u8] = b"h2";
 
 fn server_config(material: &KeyMaterial) -> Result<ServerConfig, IdentityError> {
-    let roots = Arc::new(root_store(&material.root_pem)?);
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
-        .allow_unauthenticated()
-        .build()
-        .map_err(IdentityError::Verifier)?;
+    let verifier = verify::callers(root_store(&material.root_pem)?)?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(IdentityError::Tls)?
@@ -366,8 +364,7 @@ fn server_config(material: &KeyMaterial) -> Result<ServerConfig, IdentityError> 
 }
 
 fn client_config(material: &KeyMaterial) -> Result<ClientConfig, IdentityError> {
-    let config = client_builder()?
-        .with_root_certificates(root_store(&material.root_pem)?)
+    let config = client_builder(verify::managers(root_store(&material.root_pem)?)?)?
         .with_client_auth_cert(
             cert::chain_from_pem(material.chain_pem.as_bytes())?,
             cert::key_from_pem(material.key_pem.as_bytes())?,
@@ -376,11 +373,14 @@ fn client_config(material: &KeyMaterial) -> Result<ClientConfig, IdentityError> 
     Ok(finish_client(config))
 }
 
-pub(crate) fn client_builder()
--> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, IdentityError> {
-    ClientConfig::builder_with_provider(provider())
+pub(crate) fn client_builder(
+    verifier: Arc<dyn ServerCertVerifier>,
+) -> Result<rustls::ConfigBuilder<ClientConfig, WantsClientCert>, IdentityError> {
+    Ok(ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(IdentityError::Tls)
+        .map_err(IdentityError::Tls)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier))
 }
 
 pub(crate) fn finish_client(mut config: ClientConfig) -> ClientConfig {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustls::ClientConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -23,6 +23,7 @@ use crate::identity::{
 };
 use crate::net::Net;
 use crate::token::JoinToken;
+use crate::verify;
 
 /// For one call, with the connection.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -68,6 +69,14 @@ pub enum JoinError {
         #[source]
         source: IdentityError,
     },
+    /// What came back is of no use any more.
+    #[error(
+        "{addr} issued a certificate that has expired already: the clock of that manager or of this machine is wrong"
+    )]
+    Expired {
+        /// The manager asked.
+        addr: String,
+    },
     /// A key could not be made.
     #[error(transparent)]
     Key(#[from] CaError),
@@ -102,10 +111,7 @@ pub async fn fetch_root(
     addr: &str,
     token: &JoinToken,
 ) -> Result<String, JoinError> {
-    let config = client_builder()?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(NotYetVerified(provider())))
-        .with_no_client_auth();
+    let config = client_builder(Arc::new(NotYetVerified(provider())))?.with_no_client_auth();
     let mut client = ca_client(net, addr, config)?;
     let answer = call(addr, client.get_root_ca(GetRootCaRequest {})).await?;
     let unusable = |error: CertError| JoinError::Answer {
@@ -138,9 +144,7 @@ pub async fn request_certificate(
     availability: NodeAvailability,
     hostname: &str,
 ) -> Result<KeyMaterial, JoinError> {
-    let config = client_builder()?
-        .with_root_certificates(root_store(root_pem)?)
-        .with_no_client_auth();
+    let config = client_builder(verify::managers(root_store(root_pem)?)?)?.with_no_client_auth();
     let mut client = ca_client(net, addr, config)?;
     let key = NewKey::generate()?;
     let request = IssueCertificateRequest {
@@ -210,10 +214,15 @@ fn accept(
         key_pem: Zeroizing::new(key.key_pem),
         root_pem: root_pem.to_owned(),
     };
-    check(&material).map_err(|source| JoinError::Answer {
+    let leaf = check(&material).map_err(|source| JoinError::Answer {
         addr: addr.to_owned(),
         source,
     })?;
+    if leaf.validity.expired(SystemTime::now()) {
+        return Err(JoinError::Expired {
+            addr: addr.to_owned(),
+        });
+    }
     Ok(material)
 }
 

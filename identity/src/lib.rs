@@ -16,6 +16,7 @@ pub mod net;
 pub mod renew;
 pub mod server;
 pub mod token;
+mod verify;
 
 #[cfg(test)]
 mod testing;

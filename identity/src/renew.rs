@@ -45,12 +45,17 @@ pub async fn keep_renewed(
                 renewed = renew(&identity, &store, &addrs) => renewed,
             };
             match renewed {
-                Ok(()) if identity.role() == wanted => {
+                // Asked a manager that has not seen the change of role yet.
+                Ok(()) if identity.role() != wanted => {}
+                Ok(()) if identity.renewal(SystemTime::now()) == Renewal::Due => tracing::warn!(
+                    expires = ?identity.validity().not_after,
+                    "the certificate just issued is to be renewed again already: \
+                     this machine's clock or the manager's is wrong"
+                ),
+                Ok(()) => {
                     retry = RETRY_FIRST;
                     continue;
                 }
-                // Asked a manager that has not seen the change of role yet.
-                Ok(()) => {}
                 Err(error) => tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     expires = ?identity.validity().not_after,

@@ -3,9 +3,11 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
+use rustls::client::WantsClientCert;
+use rustls::{ClientConfig, ConfigBuilder};
 use swarm_proto::v1::ca_client::CaClient;
 use swarm_proto::v1::ca_server::{Ca, CaServer};
 use swarm_proto::v1::control_client::ControlClient;
@@ -29,6 +31,8 @@ use crate::identity::{client_builder, connect_lazy, finish_client, root_store};
 struct TestCa {
     root: Arc<RootCa>,
     asked: Arc<AtomicUsize>,
+    /// By how many seconds its clock is behind.
+    behind: Arc<AtomicU64>,
 }
 
 #[tonic::async_trait]
@@ -53,9 +57,11 @@ impl Ca for TestCa {
             cluster_id: "c1".into(),
         };
         let day = Duration::from_secs(24 * 3600);
+        let behind = Duration::from_secs(self.behind.load(Ordering::SeqCst));
+        let now = SystemTime::now() - behind;
         let chain = self
             .root
-            .sign(&request.get_ref().csr_pem, &subject, day, SystemTime::now())
+            .sign(&request.get_ref().csr_pem, &subject, day, now)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         Ok(Response::new(IssueCertificateResponse {
             cert_chain_pem: chain.into(),
@@ -85,6 +91,7 @@ struct Manager {
     root: Arc<RootCa>,
     addr: String,
     asked: Arc<AtomicUsize>,
+    behind: Arc<AtomicU64>,
     _server: AbortOnDropHandle<()>,
 }
 
@@ -97,9 +104,11 @@ async fn manager_with(limits: Limits, layer: AuthorizeLayer, role: NodeRole) -> 
         .with_limits(limits);
     let addr = listener.local_addr().unwrap().to_string();
     let asked = Arc::new(AtomicUsize::new(0));
+    let behind = Arc::new(AtomicU64::new(0));
     let ca = TestCa {
         root: Arc::clone(&root),
         asked: Arc::clone(&asked),
+        behind: Arc::clone(&behind),
     };
     let serve = grpc_server()
         .layer(layer)
@@ -111,6 +120,7 @@ async fn manager_with(limits: Limits, layer: AuthorizeLayer, role: NodeRole) -> 
         root,
         addr,
         asked,
+        behind,
         _server: server,
     }
 }
@@ -121,6 +131,12 @@ async fn manager() -> Manager {
 
 fn identity(root: &RootCa, node: &str, role: NodeRole) -> Arc<Identity> {
     Identity::new(testing::material(root, node, role)).unwrap()
+}
+
+/// A client that accepts managers of this root.
+fn client_of(root: &RootCa) -> ConfigBuilder<ClientConfig, WantsClientCert> {
+    let verifier = verify::managers(root_store(root.cert_pem()).unwrap()).unwrap();
+    client_builder(verifier).unwrap()
 }
 
 async fn report(identity: &Arc<Identity>, addr: &str) -> Result<(), Status> {
@@ -153,10 +169,7 @@ async fn managers_talk_and_workers_are_refused_by_name() {
 #[tokio::test]
 async fn without_a_certificate_only_the_ca_answers() {
     let manager = manager().await;
-    let config = client_builder()
-        .unwrap()
-        .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
-        .with_no_client_auth();
+    let config = client_of(&manager.root).with_no_client_auth();
     let config = Arc::new(finish_client(config));
     let channel = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
     CaClient::new(channel.clone())
@@ -178,10 +191,7 @@ async fn too_many_connections_without_a_certificate_are_refused() {
     };
     let manager = manager_with(limits, AuthorizeLayer::new(), NodeRole::Manager).await;
     let token = JoinToken::generate(&manager.root.digest());
-    let config = client_builder()
-        .unwrap()
-        .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
-        .with_no_client_auth();
+    let config = client_of(&manager.root).with_no_client_auth();
     let config = Arc::new(finish_client(config));
     let held = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
     let mut held = CaClient::new(held);
@@ -228,9 +238,7 @@ async fn a_certificate_of_another_ca_is_refused_both_ways() {
     assert!(report(&stranger, &manager.addr).await.is_err());
     // …and the manager does not accept a foreigner who would accept it.
     let key = testing::material(&foreign, "n2", NodeRole::Manager);
-    let config = client_builder()
-        .unwrap()
-        .with_root_certificates(root_store(manager.root.cert_pem()).unwrap())
+    let config = client_of(&manager.root)
         .with_client_auth_cert(
             cert::chain_from_pem(key.chain_pem.as_bytes()).unwrap(),
             cert::key_from_pem(key.key_pem.as_bytes()).unwrap(),
@@ -479,6 +487,119 @@ async fn an_expired_certificate_is_refused() {
     .unwrap();
     assert!(expired.validity().expired(SystemTime::now()));
     report(&expired, &manager.addr).await.unwrap_err();
+}
+
+/// Days from now.
+fn in_days(days: u64) -> SystemTime {
+    SystemTime::now() + Duration::from_secs(days * 24 * 3600)
+}
+
+#[tokio::test]
+async fn a_clock_that_is_behind_cuts_off_nobody() {
+    let root = RootCa::create(SystemTime::now()).unwrap();
+    let later = |node: &str| {
+        let material = testing::material_at(&root, node, NodeRole::Manager, in_days(30));
+        Identity::new(material).unwrap()
+    };
+    let listener = Listener::bind("127.0.0.1:0", later("n1")).await.unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let serve = grpc_server()
+        .layer(AuthorizeLayer::new())
+        .add_service(LivenessServer::new(TestLiveness))
+        .serve_with_incoming(listener.incoming());
+    let _server = AbortOnDropHandle::new(tokio::spawn(async move { serve.await.unwrap() }));
+    // Either side's certificate is of the future, as when one was issued while clocks were right.
+    report(&identity(&root, "n2", NodeRole::Manager), &addr)
+        .await
+        .unwrap();
+    report(&later("n3"), &addr).await.unwrap();
+    // What is wrong with it otherwise is not forgiven.
+    let foreign = RootCa::create(SystemTime::now()).unwrap();
+    let mut stranger = testing::material_at(&foreign, "n4", NodeRole::Manager, in_days(30));
+    root.cert_pem().clone_into(&mut stranger.root_pem);
+    let (chain, key) = (
+        cert::chain_from_pem(stranger.chain_pem.as_bytes()).unwrap(),
+        cert::key_from_pem(stranger.key_pem.as_bytes()).unwrap(),
+    );
+    let config = client_of(&root).with_client_auth_cert(chain, key).unwrap();
+    let config = Arc::new(finish_client(config));
+    let channel = connect_lazy(Tcp::shared(), &addr, move || Arc::clone(&config)).unwrap();
+    LivenessClient::new(channel)
+        .report(LivenessReport::default())
+        .await
+        .unwrap_err();
+    let worker = testing::material_at(&root, "n5", NodeRole::Worker, in_days(30));
+    let refusal = report(&Identity::new(worker).unwrap(), &addr).await;
+    assert_eq!(refusal.unwrap_err().code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_certificate_that_has_expired_already_is_not_taken() {
+    let manager = manager().await;
+    manager.behind.store(100 * 24 * 3600, Ordering::SeqCst);
+    let directory = tempfile::tempdir().unwrap();
+    let store = KeyStore::new(directory.path());
+    let member = identity(&manager.root, "n2", NodeRole::Manager);
+    let saved = Stored {
+        material: member.material(),
+        data_key: DataKey::random(),
+    };
+    store.save(&saved).unwrap();
+    let before = member.validity();
+    let addrs = [manager.addr.clone()];
+    let error = renew(&member, &store, &addrs).await.unwrap_err();
+    let RenewError::Refused(reason) = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(
+        reason.to_string(),
+        format!(
+            "{} issued a certificate that has expired already: the clock of that manager or of this machine is wrong",
+            manager.addr
+        )
+    );
+    assert_eq!(member.validity(), before);
+    assert_eq!(
+        store.load().unwrap().unwrap().material.chain_pem,
+        saved.material.chain_pem
+    );
+    manager.behind.store(0, Ordering::SeqCst);
+    renew(&member, &store, &addrs).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_due_as_soon_as_it_is_issued_is_not_asked_for_all_the_time() {
+    let manager = manager().await;
+    // Of a day, the next one has an hour or two left.
+    manager.behind.store(22 * 3600, Ordering::SeqCst);
+    let directory = tempfile::tempdir().unwrap();
+    let store = KeyStore::new(directory.path());
+    let root = &manager.root;
+    let at = SystemTime::now() - Duration::from_secs(22 * 3600);
+    let old = testing::material_at(root, "n2", NodeRole::Manager, at);
+    let member = Identity::new(old).unwrap();
+    let saved = Stored {
+        material: member.material(),
+        data_key: DataKey::random(),
+    };
+    store.save(&saved).unwrap();
+    let (_managers, managers) = watch::channel(vec![manager.addr.clone()]);
+    let (_role, role) = watch::channel(NodeRole::Manager);
+    let cancel = CancellationToken::new();
+    let renewing = tokio::spawn(keep_renewed(
+        Arc::clone(&member),
+        store,
+        managers,
+        role,
+        cancel.clone(),
+    ));
+    let mut changed = member.changed();
+    changed.changed().await.unwrap();
+    let first = tokio::time::Instant::now();
+    changed.changed().await.unwrap();
+    assert!(first.elapsed() > Duration::from_millis(400));
+    cancel.cancel();
+    renewing.await.unwrap();
 }
 
 #[tokio::test]
