@@ -20,6 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a stop may take before the process ends all the same.
 const STOP_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
+/// What is logged unless `RUST_LOG` says otherwise. The raft core tells of every vote, and a member
+/// that is cut off asks for votes all the time; who leads is told by us.
+const LOGGED: &str = "info,openraft=warn";
+
 fn main() -> ExitCode {
     // Containers' shims and the name server are this binary too, started again; they
     // must be single-threaded, so they come before everything else.
@@ -40,7 +44,7 @@ fn main() -> ExitCode {
 
 fn start_log(args: &Args) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOGGED));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);

@@ -12,7 +12,7 @@ use swarm_manager::{Manager, ManagerConfig, ca};
 use swarm_proto::v1::{NodeRole, Transaction};
 use swarm_raft::{RaftConfig, RaftNode, RaftTiming};
 use swarm_store::Consensus as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -165,6 +165,12 @@ impl RunningManager {
         &self.raft
     }
 
+    /// Why the group has taken this manager out for good, once it has: it can only join again.
+    #[must_use]
+    pub fn expelled(&self) -> watch::Receiver<Option<String>> {
+        self.raft.expelled()
+    }
+
     /// How many managers vote.
     #[must_use]
     pub fn voters(&self) -> usize {
@@ -228,7 +234,7 @@ impl RunningManager {
 
 /// Tells `main` when the log or the disk fails: nothing may be acknowledged any more.
 async fn watch_fatal(
-    mut failed: tokio::sync::watch::Receiver<Option<swarm_raft::RaftFatal>>,
+    mut failed: watch::Receiver<Option<swarm_raft::RaftFatal>>,
     fatal: mpsc::Sender<String>,
     cancel: CancellationToken,
 ) {

@@ -263,7 +263,8 @@ async fn tell_session(
     }
 }
 
-/// Starts the manager when the certificate becomes a manager's, stops it when it becomes a worker's.
+/// Starts the manager when the certificate becomes a manager's, stops it when it becomes a worker's,
+/// and has it join anew when the raft group has taken it out without the certificate changing.
 async fn follow_role(
     context: ManagerContext,
     manager: Arc<Mutex<Option<RunningManager>>>,
@@ -278,6 +279,17 @@ async fn follow_role(
         let failed = tokio::select! {
             () = cancel.cancelled() => return,
             done = step => done.err(),
+        };
+        let mut expelled = manager.lock().await.as_ref().map(RunningManager::expelled);
+        let expelled = async {
+            // An error means that the manager is gone; then something else has happened.
+            let told = match &mut expelled {
+                Some(expelled) => expelled.wait_for(Option::is_some).await.is_ok(),
+                None => false,
+            };
+            if !told {
+                std::future::pending::<()>().await;
+            }
         };
         let again = async {
             match &failed {
@@ -294,6 +306,7 @@ async fn follow_role(
         tokio::select! {
             () = cancel.cancelled() => return,
             () = again => retry = (retry * 2).min(RETRY_MAX),
+            () = expelled => retry = RETRY_FIRST,
             result = changed.changed() => {
                 retry = RETRY_FIRST;
                 if result.is_err() {
@@ -310,6 +323,12 @@ async fn match_role(
     remotes: Vec<String>,
 ) -> Result<()> {
     let mut manager = manager.lock().await;
+    let expelled = |manager: &mut RunningManager| manager.expelled().borrow().is_some();
+    if let Some(former) = manager.take_if(expelled) {
+        former.stop(context).await;
+        // Of no use under a raft ID that the group has given up.
+        context.wipe_raft()?;
+    }
     match (context.identity.role(), manager.is_some()) {
         (NodeRole::Manager, false) => {
             context.slot.close(PREPARING);

@@ -23,6 +23,7 @@ use swarm_proto::v1::{
     LeaveClusterResponse, LocalNetwork, LocalState, NodeAvailability, NodeRole, Platform,
     RegistryAuth,
 };
+use swarm_raft::RaftNode;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, mpsc};
 use tonic::Status;
 
@@ -100,8 +101,11 @@ impl Node {
             return Ok(());
         };
         let identity = Identity::on(stored.material, Arc::clone(&self.on.net))?;
-        let beginning = (identity.role() == NodeRole::Manager)
-            .then(|| Beginning::resume(&*self.on.disk, &self.raft_dir(), settings.remotes.clone()));
+        // A manager that has to join first (a crash cut that short, or the group has taken it out)
+        // does so while the node runs: it may be that it is to be a worker.
+        let goes_on = identity.role() == NodeRole::Manager
+            && RaftNode::exists(&*self.on.disk, &self.raft_dir());
+        let beginning = goes_on.then_some(Beginning::Resume);
         *member = Some(
             self.start(identity, stored.data_key, settings, beginning)
                 .await?,

@@ -46,7 +46,7 @@ pub const TABLE: &[(&str, Allowed)] = &[
     ("/swarm.v1.Raft/PreVote", Allowed::Member),
     ("/swarm.v1.Raft/TransferLeader", Allowed::Member),
     ("/swarm.v1.Raft/InstallSnapshot", Allowed::Member),
-    ("/swarm.v1.Raft/Join", Allowed::Manager),
+    ("/swarm.v1.Raft/Join", Allowed::Member),
     ("/swarm.v1.Raft/Leave", Allowed::Manager),
     ("/swarm.v1.Raft/Propose", Allowed::Manager),
     ("/swarm.v1.Raft/ReadIndex", Allowed::Manager),

@@ -2,7 +2,7 @@
 //!
 //! Whatever a follower is asked for goes to the leader, for as long as it is
 //! certain that nothing has been done yet. Starts no loops of its own; its
-//! owner runs [`Group::watch`] and [`Group::enter`].
+//! owner runs [`Group::watch`] and [`Group::belong`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -29,12 +29,13 @@ use swarm_store::{Leadership, Member, MembershipError, ProposeError, ReadError, 
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::error::{FatalReporter, failed};
 use crate::node::RaftTiming;
 use crate::state_machine::StateMachine;
-use crate::transport::{Lane, Pool, leader_hint, not_done};
+use crate::transport::{EXPELLED, LEADER, Lane, Pool, REFUSED, leader_hint, not_done};
 use crate::types::{Command, LogId, Peer, TypeConfig};
 
 /// How long a proposal or a read looks for a leader.
@@ -49,6 +50,8 @@ const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
 const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 /// For handing leadership over.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(3);
+/// No longer wait between two times that a member asks whether it still is one.
+const DOUBT_WAIT: Duration = Duration::from_secs(2);
 /// Waits between attempts grow from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(400));
 
@@ -71,6 +74,12 @@ pub(crate) struct Group {
     pub(crate) leadership: watch::Sender<Leadership>,
     /// Whether this member is in: `None` until that is known, then the refusal if it is refused.
     pub(crate) entered: watch::Sender<Option<Result<(), String>>>,
+    /// Set when the group has taken this member out for good, with the leader's words.
+    pub(crate) expelled: watch::Sender<Option<String>>,
+    /// This member is on its way out of the group, and asks no more whether it is in.
+    pub(crate) leaving: CancellationToken,
+    /// When this member last heard a leader.
+    pub(crate) heard: Mutex<Instant>,
     /// Reads that have asked for an index.
     pub(crate) reads: Arc<ReadRounds>,
     /// Membership changes one at a time.
@@ -93,6 +102,14 @@ enum NotThere<E> {
     /// Nothing has been done; perhaps the leader is at this address.
     TryAgain(String, Option<String>),
     Failed(E),
+}
+
+/// Why the group does not have this member.
+enum NotIn {
+    /// It is to be no manager now.
+    Refused(String),
+    /// Its raft ID is the node's no longer, and never will be again.
+    Expelled(String),
 }
 
 type ReadRound = Shared<BoxFuture<'static, Result<u64, NotHere<ReadError>>>>;
@@ -132,6 +149,7 @@ impl ReadRounds {
 struct Attempts {
     give_up: Instant,
     wait: Duration,
+    longest: Duration,
 }
 
 impl Attempts {
@@ -139,6 +157,15 @@ impl Attempts {
         Self {
             give_up: Instant::now() + patience,
             wait: BACKOFF.0,
+            longest: BACKOFF.1,
+        }
+    }
+
+    /// Without an end.
+    fn up_to(longest: Duration) -> Self {
+        Self {
+            longest,
+            ..Self::new(Duration::ZERO)
         }
     }
 
@@ -148,7 +175,7 @@ impl Attempts {
 
     fn next_wait(&mut self) -> Duration {
         let wait = self.wait;
-        self.wait = (wait * 2).min(BACKOFF.1);
+        self.wait = (wait * 2).min(self.longest);
         // Several who wait for the same leader need not all come at once.
         wait.mul_f64(rand::random_range(0.5..1.5))
     }
@@ -328,6 +355,11 @@ impl Group {
                 |addr| async move { self.read_index_at(&addr).await },
             )
             .await?;
+        self.state_with(index, give_up).await
+    }
+
+    /// The state once it has that entry.
+    async fn state_with(&self, index: u64, give_up: Instant) -> Result<Arc<State>, ReadError> {
         let mut applied = self.applied.clone();
         let reached = applied.wait_for(|applied| applied.is_some_and(|id| id.index >= index));
         tokio::select! {
@@ -340,6 +372,17 @@ impl Group {
                 Err(_) => Err(ReadError::Stopping),
             },
         }
+    }
+
+    /// Leader: the newest state. Whoever does not lead any more, or cannot know, is refused.
+    async fn newest_here(self: &Arc<Self>) -> Result<Arc<State>, Status> {
+        let refuse = |error: ReadError| refused(&error.to_string(), None);
+        let index = self.read_index_here().await.map_err(|error| match error {
+            NotHere::Elsewhere(leader) => refused("this manager does not lead", leader),
+            NotHere::Failed(error) => refuse(error),
+        })?;
+        let give_up = Instant::now() + READ_PATIENCE;
+        self.state_with(index, give_up).await.map_err(refuse)
     }
 
     /// The members, if this one leads.
@@ -502,12 +545,6 @@ impl Group {
         let applied_own = metrics
             .last_applied
             .is_some_and(|id| id.leader_id.term == term);
-        let alone = metrics.membership_config.voter_ids().count() == 1;
-        let patience = (self.timing.election_max * 4).max(Duration::from_secs(2));
-        let has_quorum = alone
-            || metrics
-                .last_quorum_acked
-                .is_some_and(|acked| acked.elapsed() < patience);
         let leader = metrics.current_leader.and_then(|id| {
             members_of(metrics, self.raft_id, self.reach_window())
                 .into_iter()
@@ -520,9 +557,36 @@ impl Group {
         });
         Leadership {
             term,
-            is_leader: metrics.state.is_leader() && applied_own && has_quorum,
+            is_leader: metrics.state.is_leader() && applied_own && self.has_quorum(metrics),
             leader,
         }
+    }
+
+    /// Leader: whether a quorum has answered lately.
+    fn has_quorum(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
+        let alone = metrics.membership_config.voter_ids().count() == 1;
+        let patience = (self.timing.election_max * 4).max(Duration::from_secs(2));
+        alone
+            || metrics
+                .last_quorum_acked
+                .is_some_and(|acked| acked.elapsed() < patience)
+    }
+
+    /// A leader has been heard.
+    pub(crate) fn hear(&self) {
+        *self.heard.lock() = Instant::now();
+    }
+
+    /// Whether there has been no leader for so long that this member may have been taken out of
+    /// the group meanwhile: nobody tells it.
+    fn in_doubt(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if metrics.state.is_leader() {
+            return !self.has_quorum(&metrics);
+        }
+        // Others would have been elected meanwhile. To ask for nothing costs next to nothing.
+        self.heard.lock().elapsed() >= self.timing.election_max * 4
     }
 
     /// A member that has not answered for this long counts as unreachable.
@@ -763,16 +827,25 @@ impl Group {
 
     // --- Joining ---------------------------------------------------------
 
-    /// Leader: what a node that wants to be a manager is answered.
+    /// Leader: what a node that wants to be a manager, or asks whether it still is one, is answered.
     pub(crate) async fn admit(
-        &self,
+        self: &Arc<Self>,
         node_id: &NodeId,
         request: JoinRequest,
     ) -> Result<JoinResponse, Status> {
-        let node = self.store.state().node(node_id).cloned();
+        // A member that is told that it is none any more throws its log away: a leader that has
+        // been deposed, and does not know of this raft ID yet, must not say so.
+        let node = self.newest_here().await?.node(node_id).cloned();
         let node = node.ok_or_else(|| {
             Status::permission_denied(format!("node {node_id} is not in the cluster"))
         })?;
+        let current = node.manager_status.as_ref().map(|status| status.raft_id);
+        if request.raft_id != 0 && current != Some(request.raft_id) {
+            return Err(expelled(format!(
+                "raft ID {} is no longer node {node_id}'s; empty its raft directory and join again",
+                request.raft_id
+            )));
+        }
         let wanted = node.spec.as_ref().map(|spec| spec.desired_role());
         if wanted.is_some_and(|role| role != NodeRole::Manager) {
             return Err(Status::permission_denied(format!(
@@ -782,13 +855,6 @@ impl Group {
         if request.raft_id == 0 {
             let raft_id = self.allocate(node_id, &request.addr).await?;
             return Ok(self.admitted(raft_id));
-        }
-        let current = node.manager_status.as_ref().map(|status| status.raft_id);
-        if current != Some(request.raft_id) {
-            return Err(Status::failed_precondition(format!(
-                "raft ID {} is no longer node {node_id}'s; empty its raft directory and join again",
-                request.raft_id
-            )));
         }
         self.publish_addr(node_id, &request.addr).await?;
         let member = Member {
@@ -878,29 +944,56 @@ impl Group {
                 .is_some_and(|peer| peer.addr == self.addr)
     }
 
-    /// Has this member made a voter with its present address, unless it is one already.
-    pub(crate) async fn enter(self: Arc<Self>, remotes: Vec<String>) {
-        let mut attempts = Attempts::new(Duration::ZERO);
-        while !self.is_in() {
-            let refusal = if self.raft.is_leader() {
-                self.enter_as_leader().await
+    /// Has this member made a voter with its present address, unless it is one already. From then
+    /// on, asks whether it still is one whenever it is in doubt. Ends when the group has taken it
+    /// out for good, which only a leader that has heard from a quorum can know.
+    pub(crate) async fn belong(self: Arc<Self>, remotes: Vec<String>) {
+        let mut attempts = Attempts::up_to(DOUBT_WAIT);
+        let mut refused = None;
+        while !self.leaving.is_cancelled() {
+            let wait = if self.is_in() && !self.in_doubt() {
+                self.entered.send_if_modified(|entered| {
+                    let news = !matches!(entered, Some(Ok(())));
+                    *entered = Some(Ok(()));
+                    news
+                });
+                attempts = Attempts::up_to(DOUBT_WAIT);
+                self.timing.election_max
             } else {
-                self.enter_by(&remotes).await
+                match self.ask_in(&remotes).await {
+                    Ok(()) => {}
+                    Err(NotIn::Expelled(reason)) => {
+                        tracing::warn!(%reason, "this manager is no member of the raft group any more");
+                        self.entered.send_replace(Some(Err(reason.clone())));
+                        self.expelled.send_replace(Some(reason));
+                        return;
+                    }
+                    Err(NotIn::Refused(reason)) => {
+                        if refused.as_ref() != Some(&reason) {
+                            tracing::error!(%reason, "the raft group does not take this manager in");
+                        }
+                        self.entered.send_replace(Some(Err(reason.clone())));
+                        refused = Some(reason);
+                    }
+                }
+                attempts.next_wait()
             };
-            if let Some(reason) = refusal {
-                tracing::error!(%reason, "the raft group does not take this manager in");
-                self.entered.send_replace(Some(Err(reason)));
-                return;
-            }
-            if !self.is_in() && !self.pause(attempts.next_wait()).await {
+            if !self.pause(wait).await {
                 return;
             }
         }
-        self.entered.send_replace(Some(Ok(())));
+    }
+
+    async fn ask_in(&self, remotes: &[String]) -> Result<(), NotIn> {
+        if self.raft.is_leader() && !self.in_doubt() {
+            self.enter_as_leader().await;
+            return Ok(());
+        }
+        self.enter_by(remotes).await
     }
 
     /// A leader whose own address has changed.
-    async fn enter_as_leader(&self) -> Option<String> {
+    async fn enter_as_leader(&self) {
         let me = Member {
             raft_id: self.raft_id,
             node_id: self.node_id.clone(),
@@ -916,11 +1009,10 @@ impl Group {
         if let Err(error) = published {
             tracing::warn!(%error, "cannot publish this manager's new address yet");
         }
-        None
     }
 
-    /// Asks the leader, or whoever knows it. Returns why it is hopeless, if it is.
-    async fn enter_by(&self, remotes: &[String]) -> Option<String> {
+    /// Asks the leader, or whoever knows it.
+    async fn enter_by(&self, remotes: &[String]) -> Result<(), NotIn> {
         let known = self.members().into_iter().map(|member| member.addr);
         let mut candidates: Vec<String> = self
             .leader_addr()
@@ -942,19 +1034,25 @@ impl Group {
             };
             let asking = join_at(&self.pool, &addr, request, CATCH_UP_PATIENCE * 2);
             let answer = tokio::select! {
-                () = self.stop.cancelled() => return None,
+                () = self.stop.cancelled() => return Ok(()),
+                () = self.leaving.cancelled() => return Ok(()),
                 answer = asking => answer,
             };
             match answer {
-                Ok(_) => return None,
-                Err(status) if hopeless(&status) => return Some(status.message().to_owned()),
+                Ok(_) => return Ok(()),
+                Err(status) if status.metadata().contains_key(EXPELLED) => {
+                    return Err(NotIn::Expelled(status.message().to_owned()));
+                }
+                Err(status) if hopeless(&status) => {
+                    return Err(NotIn::Refused(status.message().to_owned()));
+                }
                 Err(status) => {
                     tracing::debug!(%addr, reason = status.message(), "not taken in yet");
                     candidates.extend(leader_hint(&status));
                 }
             }
         }
-        None
+        Ok(())
     }
 }
 
@@ -1026,13 +1124,18 @@ pub(crate) fn hopeless(status: &Status) -> bool {
 pub(crate) fn refused(reason: &str, leader: Option<String>) -> Status {
     let mut status = Status::unavailable(reason);
     let metadata = status.metadata_mut();
-    metadata.insert(
-        crate::transport::REFUSED,
-        tonic::metadata::MetadataValue::from_static("1"),
-    );
+    metadata.insert(REFUSED, MetadataValue::from_static("1"));
     if let Some(leader) = leader.and_then(|leader| leader.parse().ok()) {
-        metadata.insert(crate::transport::LEADER, leader);
+        metadata.insert(LEADER, leader);
     }
+    status
+}
+
+/// An answer to a member that has been taken out of the group for good.
+fn expelled(reason: String) -> Status {
+    let mut status = Status::failed_precondition(reason);
+    let metadata = status.metadata_mut();
+    metadata.insert(EXPELLED, MetadataValue::from_static("1"));
     status
 }
 

@@ -2,8 +2,8 @@
 //!
 //! The core, its timers and its connections run on a runtime of their own with
 //! raised priority; files are read and written by the log's writer thread and on
-//! the caller's blocking threads (but see [`Threads::Callers`]). Starts the watch and, while this member is not
-//! in yet, the entering; [`RaftNode::shutdown`] joins both.
+//! the caller's blocking threads (but see [`Threads::Callers`]). Starts the watch, and the loop that
+//! sees to it that this member is in the group; [`RaftNode::shutdown`] joins both.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -203,7 +203,7 @@ impl RaftNode {
         }
         // From here on this is a member: a crash before leaves nothing that counts.
         member::save(&*config.disk, &config.dir, &sealer, &member).await?;
-        node.group.entered.send_replace(Some(Ok(())));
+        node.belong(Vec::new());
         Ok(node)
     }
 
@@ -223,7 +223,7 @@ impl RaftNode {
             &identity.node_id,
         )?;
         let node = Self::launch(config, &member).await?;
-        node.enter(member.remotes);
+        node.belong(member.remotes);
         Ok(node)
     }
 
@@ -244,7 +244,7 @@ impl RaftNode {
         let sealer = Sealer::new(&config.data_key);
         member::save(&*config.disk, &config.dir, &sealer, &member).await?;
         let node = Self::launch(config, &member).await?;
-        node.enter(member.remotes);
+        node.belong(member.remotes);
         Ok(node)
     }
 
@@ -285,6 +285,9 @@ impl RaftNode {
             pool,
             leadership: watch::Sender::default(),
             entered: watch::Sender::default(),
+            expelled: watch::Sender::default(),
+            leaving: CancellationToken::new(),
+            heard: Mutex::new(Instant::now()),
             reads: Arc::default(),
             one_change: Semaphore::new(1),
             stop: CancellationToken::new(),
@@ -299,10 +302,10 @@ impl RaftNode {
         }))
     }
 
-    fn enter(&self, remotes: Vec<String>) {
+    fn belong(&self, remotes: Vec<String>) {
         if let Some((runtime, _)) = &*self.running.lock() {
-            let entering = self.group.clone().enter(remotes);
-            self.tasks.spawn_on(entering, runtime.handle());
+            let belonging = self.group.clone().belong(remotes);
+            self.tasks.spawn_on(belonging, runtime.handle());
         }
     }
 
@@ -317,6 +320,7 @@ impl RaftNode {
     /// # Errors
     /// It is the last one, the group would lose its quorum, or no leader answers.
     pub async fn leave(&self) -> Result<(), MembershipError> {
+        self.group.leaving.cancel();
         if self.group.raft.is_leader() {
             self.group.remove_member(self.group.raft_id).await
         } else {
@@ -339,6 +343,14 @@ impl RaftNode {
         result
             .unwrap_or_else(|| Err("this manager is stopping".into()))
             .map_err(StartError::Join)
+    }
+
+    /// Why this member is none any more, once the group has taken it out for good: its directory
+    /// is of no use then, and its node can only join again, as another member. Being cut off, or
+    /// the others being down, is no reason.
+    #[must_use]
+    pub fn expelled(&self) -> watch::Receiver<Option<String>> {
+        self.group.expelled.subscribe()
     }
 
     /// The gRPC service, to be served at the configured address.

@@ -6,7 +6,9 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use swarm_identity::{Caller, PeerIdentity};
@@ -125,7 +127,11 @@ impl raft_server::Raft for RaftService {
             let taken = openraft::raft::AppendEntriesResponse::<TypeConfig>::Success;
             return self.answer(Ok::<_, Status>(taken));
         }
-        self.answer(self.group.raft.append_entries(rpc).await)
+        let answer = self.group.raft.append_entries(rpc).await;
+        if let Ok(AppendEntriesResponse::Success | AppendEntriesResponse::Conflict) = answer {
+            self.group.hear();
+        }
+        self.answer(answer)
     }
 
     async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
@@ -155,7 +161,11 @@ impl raft_server::Raft for RaftService {
     ) -> Result<Response<RaftMessage>, Status> {
         self.manager(&request)?;
         let (vote, snapshot) = self.receive(request.into_inner()).await?;
-        self.answer(self.group.raft.install_full_snapshot(vote, snapshot).await)
+        let answer = self.group.raft.install_full_snapshot(vote, snapshot).await;
+        if answer.is_ok() {
+            self.group.hear();
+        }
+        self.answer(answer)
     }
 
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {

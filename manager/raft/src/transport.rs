@@ -44,6 +44,8 @@ const CONNECTIONS_MAX: usize = 128;
 pub(crate) const REFUSED: &str = "swarm-raft-refused";
 /// Beside it: the address of the leader, if known.
 pub(crate) const LEADER: &str = "swarm-raft-leader";
+/// On an answer to a member that is one no longer, by what a quorum has committed.
+pub(crate) const EXPELLED: &str = "swarm-raft-expelled";
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -12,9 +12,9 @@ use swarm_proto::NodeId;
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::raft_client::RaftClient;
 use swarm_proto::v1::rejection::Code;
-use swarm_proto::v1::{Node, NodeRole, RaftMessage, ReadIndexRequest, Transaction};
+use swarm_proto::v1::{JoinRequest, Node, NodeRole, RaftMessage, ReadIndexRequest, Transaction};
 use swarm_raft::{RaftConfig, RaftNode, StartError};
-use swarm_store::testing::{cluster, create, network, node, transaction};
+use swarm_store::testing::{cluster, create, network, node, transaction, update};
 use swarm_store::{Consensus, Member, MembershipError, ProposeError};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -580,7 +580,14 @@ async fn members_leave_only_while_quorum_stays() {
     leading.remove_member(down_id).await.unwrap();
     leading.remove_member(down_id).await.unwrap();
 
-    // The leader takes itself out: another leads then, alone.
+    // The leader takes itself out, as it is to be a worker: another leads then, alone.
+    let state = leading.read().await.unwrap();
+    let mut demoted = Node::clone(state.node(&hosts[lead].id()).unwrap());
+    demoted.spec.get_or_insert_default().desired_role = NodeRole::Worker.into();
+    leading
+        .propose(transaction([update(demoted)]))
+        .await
+        .unwrap();
     within("leaving", leading.remove_member(lead_id))
         .await
         .unwrap();
@@ -594,6 +601,114 @@ async fn members_leave_only_while_quorum_stays() {
         .await
         .unwrap_err();
     assert!(refused.to_string().contains("last manager"), "{refused}");
+}
+
+/// Takes a member out of the group and its raft ID from its node, as a demotion does.
+async fn demote(leading: &RaftNode, id: &str, raft_id: u64) {
+    leading.remove_member(raft_id).await.unwrap();
+    let state = leading.read().await.unwrap();
+    let demoted = Node {
+        manager_status: None,
+        ..(**state.node(id).unwrap()).clone()
+    };
+    leading
+        .propose(transaction([update(demoted)]))
+        .await
+        .unwrap();
+}
+
+async fn expelled(node: &RaftNode) {
+    let mut expelled = node.expelled();
+    let reason = within("being told", expelled.wait_for(Option::is_some)).await;
+    drop(reason.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_was_taken_out_learns_it_and_comes_back_as_another() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let away = (lead + 1) % 3;
+    // One that runs, and one that was down meanwhile.
+    for down in [false, true] {
+        let (id, raft_id) = (hosts[away].id(), hosts[away].node().raft_id());
+        if down {
+            hosts[away].stop().await;
+        }
+        demote(hosts[lead].node(), &id, raft_id).await;
+        if down {
+            hosts[away].start().await.unwrap();
+        }
+        expelled(hosts[away].node()).await;
+        assert!(hosts[away].node().joined().await.is_err());
+        // What its node does then.
+        hosts[away].stop().await;
+        hosts[away].dir = tempfile::tempdir().unwrap();
+        let (config, remotes) = (hosts[away].config(), vec![hosts[lead].addr.to_string()]);
+        hosts[away]
+            .run(RaftNode::join(config, remotes))
+            .await
+            .unwrap();
+        within("joining", hosts[away].node().joined())
+            .await
+            .unwrap();
+    }
+    assert_eq!(hosts[away].node().raft_id(), 5);
+    assert!(hosts[lead].node().members().iter().all(|one| one.voter));
+    hosts[away].node().propose(numbered(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_was_taken_out_and_is_wanted_under_its_raft_id_is_taken_in_again() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let away = hosts[(lead + 1) % 3].node();
+    // The demotion was taken back before the node had lost its role.
+    hosts[lead]
+        .node()
+        .remove_member(away.raft_id())
+        .await
+        .unwrap();
+    let back = async {
+        let back = |member: &Member| member.voter && member.raft_id == away.raft_id();
+        while !hosts[lead].node().members().iter().any(back) {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("coming back", back).await;
+    within("writing", away.propose(numbered(1))).await.unwrap();
+    assert!(away.expelled().borrow().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_has_lost_its_quorum_tells_nobody_that_it_is_no_member() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(2, |_| {}).await;
+    let lead = leader(&hosts).await;
+    hosts[1 - lead].kill();
+    // A raft ID that another leader may have given meanwhile.
+    let peer = Identity::new(material(
+        &lab.root,
+        &hosts[1 - lead].id(),
+        NodeRole::Manager,
+    ));
+    let addr = hosts[lead].addr.to_string();
+    let mut client = RaftClient::new(peer.unwrap().channel(&addr).unwrap());
+    let request = JoinRequest {
+        addr: hosts[1 - lead].addr.to_string(),
+        raft_id: 77,
+    };
+    let status = within("an answer", client.join(request.clone())).await;
+    let status = status.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
+
+    hosts[1 - lead].start().await.unwrap();
+    within("reading", hosts[1 - lead].node().read())
+        .await
+        .unwrap();
+    let status = within("an answer", client.join(request)).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::FailedPrecondition, "{status}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use swarm_identity::Caller;
+use swarm_identity::{Caller, PeerIdentity};
 use swarm_proto::NodeId;
 use swarm_proto::defaults::{HEARTBEAT, HEARTBEATS_MISSED};
 use swarm_proto::v1::liveness_client::LivenessClient;
@@ -501,13 +501,20 @@ impl liveness_server::Liveness for Liveness {
         request: Request<LivenessReport>,
     ) -> Result<Response<LivenessAck>, Status> {
         let caller = Caller::of(&request);
-        if caller
-            .peer()
-            .is_none_or(|peer| peer.role != NodeRole::Manager)
-        {
+        let manager = |peer: &&PeerIdentity| peer.role == NodeRole::Manager;
+        let Some(peer) = caller.peer().filter(manager) else {
             return Err(Status::permission_denied(
                 "only managers report who is alive",
             ));
+        };
+        // One that was demoted and promoted again before it noticed: it has to join the group first.
+        let state = self.shared.consensus.store().state();
+        let node = state.node(&peer.node_id);
+        if node.is_none_or(|node| node.manager_status.is_none()) {
+            return Err(Status::permission_denied(format!(
+                "node {} is not in the raft group",
+                peer.node_id
+            )));
         }
         let report = request.into_inner();
         if report.node_ids.len().max(report.left.len()) > REPORT_MAX {

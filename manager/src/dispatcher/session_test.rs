@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use swarm_identity::{Caller, PeerIdentity};
 use swarm_proto::v1::dispatcher_client::DispatcherClient;
+use swarm_proto::v1::liveness_server::Liveness as _;
 use swarm_proto::v1::{
-    AgentMessage, Assignments, AssignmentsAck, AssignmentsType, ClusterSpec, Goodbye, Heartbeat,
-    ManagerMessage, NodeDescription, NodeRole, NodeState, ObjectKind, Register, StatusReport,
-    TaskState, TaskStatus, TaskStatusUpdate, agent_message, assignment_change, manager_message,
+    AgentMessage, AllocateRaftId, Assignments, AssignmentsAck, AssignmentsType, ClusterSpec,
+    Goodbye, Heartbeat, LivenessReport, ManagerMessage, NodeDescription, NodeRole, NodeState,
+    ObjectKind, Register, StatusReport, StoreAction, TaskState, TaskStatus, TaskStatusUpdate,
+    agent_message, assignment_change, manager_message, store_action,
 };
 use swarm_proto::{ClusterId, NodeId};
 use swarm_store::testing::{
@@ -542,6 +544,26 @@ async fn a_follower_reports_its_agents_to_the_leader() {
     leader
         .until(|state| is(state, "w1", NodeState::Down, "heartbeat failure"))
         .await;
+    // A manager that is not in the raft group, or no longer, is told so.
+    let mut request = Request::new(LivenessReport::default());
+    let caller = PeerIdentity {
+        node_id: "m1".into(),
+        role: NodeRole::Manager,
+        cluster_id: ClusterId::from("c"),
+    };
+    request.extensions_mut().insert(Caller::Peer(caller));
+    let refused = leader.dispatcher.liveness().report(request).await;
+    assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
+    let allocation = store_action::Action::AllocateRaftId(AllocateRaftId {
+        node_id: "m1".into(),
+        addr: leader.addr.to_string(),
+    });
+    leader
+        .consensus
+        .write([StoreAction {
+            action: Some(allocation),
+        }])
+        .expect("valid");
     // A replica of its own that knows who leads.
     let state = State::clone(&leader.consensus.store().state());
     let replica = LocalConsensus::with_state(state);

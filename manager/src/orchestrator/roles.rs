@@ -40,15 +40,13 @@ pub fn decide(state: &State, members: &[Member]) -> Vec<Step> {
             .spec
             .as_ref()
             .map_or(node.role(), |spec| spec.desired_role());
-        if desired == node.role() && (desired == NodeRole::Manager || node.manager_status.is_none())
-        {
-            continue;
-        }
         if desired == NodeRole::Manager {
-            steps.push(Step::Write(vec![update(object::Object::Node(Node {
-                role: NodeRole::Manager.into(),
-                ..(**node).clone()
-            }))]));
+            if node.role() != NodeRole::Manager {
+                steps.push(Step::Write(vec![update(object::Object::Node(Node {
+                    role: NodeRole::Manager.into(),
+                    ..(**node).clone()
+                }))]));
+            }
             continue;
         }
         match members.iter().find(|member| *member.node_id == *node.id) {
@@ -56,6 +54,7 @@ pub fn decide(state: &State, members: &[Member]) -> Vec<Step> {
                 node: member.node_id.clone(),
                 raft_id: member.raft_id,
             }),
+            None if node.role() == NodeRole::Worker && node.manager_status.is_none() => {}
             None => steps.push(Step::Write(vec![update(object::Object::Node(Node {
                 role: NodeRole::Worker.into(),
                 manager_status: None,
@@ -210,6 +209,16 @@ mod tests {
         let steps = decide(&state, &[member("n2", 8)]);
         let node = written(&steps[0]);
         assert_eq!((node.role(), node.manager_status), (NodeRole::Worker, None));
+    }
+
+    #[test]
+    fn a_member_that_came_back_while_its_node_was_demoted_is_removed_again() {
+        let state = state(NodeRole::Worker, NodeRole::Worker, None);
+        let steps = decide(&state, &[member("n1", 7), member("n2", 8)]);
+        assert!(
+            matches!(steps[..], [Step::RemoveMember { raft_id: 7, .. }]),
+            "{steps:?}"
+        );
     }
 
     #[test]

@@ -76,20 +76,14 @@ impl fmt::Display for Fault {
     }
 }
 
-/// What a cluster is known not to get over: struck only when asked for by name.
-///
-/// A member that is taken out of the raft group is not told. Promoted again before its
-/// agent has heard of the demotion elsewhere, it waits for ever for a leader that
-/// does not know it.
-pub const KNOWN_BUGS: &[Fault] = &[Fault::DemoteBriefly];
-
-/// Every other fault, in the order of the first round.
+/// Every fault, in the order of the first round.
 pub const ALL: &[Fault] = &[
     Fault::Kill(Victim::Leader),
     Fault::Pause(Victim::Leader),
     Fault::Cut(Victim::Leader),
     Fault::SlowDisk(Victim::Leader),
     Fault::Demote,
+    Fault::DemoteBriefly,
     Fault::Mute(Victim::Leader),
     Fault::Deafen(Victim::Leader),
     Fault::FullDisk,
