@@ -42,6 +42,9 @@ use crate::types::{Command, LogId, Peer, TypeConfig};
 const NO_LEADER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a proposal that has been submitted is waited for.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(10);
+/// A leader that was just elected may not have applied yet that this node is a manager. One that
+/// still says no after so long is right.
+const DENIED_PATIENCE: Duration = Duration::from_secs(1);
 /// For one round of asking a quorum whether this one still leads.
 const READ_PATIENCE: Duration = Duration::from_secs(2);
 /// For one change of the membership, without the catching up.
@@ -101,6 +104,8 @@ pub(crate) enum NotHere<E> {
 enum NotThere<E> {
     /// Nothing has been done; perhaps the leader is at this address.
     TryAgain(String, Option<String>),
+    /// Nothing has been done: this node is no manager, as that one sees it.
+    Denied(String),
     Failed(E),
 }
 
@@ -208,8 +213,17 @@ impl Group {
         &self,
         command: Command,
     ) -> Result<u64, NotHere<ProposeError>> {
-        let written = tokio::time::timeout(COMMIT_PATIENCE, self.raft.client_write(command)).await;
         let unknown = |reason: String| Err(NotHere::Failed(ProposeError::Unknown(reason)));
+        let mut expelled = self.expelled.subscribe();
+        let writing = tokio::time::timeout(COMMIT_PATIENCE, self.raft.client_write(command));
+        let written = tokio::select! {
+            biased;
+            written = writing => written,
+            // What it has written as a leader may be committed; it will not hear of it.
+            Ok(_) = expelled.wait_for(Option::is_some) => {
+                return unknown("this manager was taken out of the raft group".into());
+            }
+        };
         match written {
             Err(_) => unknown(format!("not committed within {COMMIT_PATIENCE:?}")),
             Ok(Ok(written)) => match written.data.0 {
@@ -232,9 +246,13 @@ impl Group {
             });
         }
         let mut attempts = Attempts::new(NO_LEADER_PATIENCE);
+        let mut denied = None;
         loop {
             if self.stop.is_cancelled() {
                 return Err(ProposeError::Stopping);
+            }
+            if let Some(why) = self.expelled.borrow().clone() {
+                return Err(ProposeError::Denied(why));
             }
             let mut reason = "none is known".to_owned();
             let mut leader = match self.propose_here(command.clone()).await {
@@ -249,6 +267,13 @@ impl Group {
                     Err(NotThere::TryAgain(why, hint)) => {
                         reason = why;
                         leader = hint.filter(|hint| *hint != addr && !attempts.over());
+                    }
+                    Err(NotThere::Denied(why)) => {
+                        let since = *denied.get_or_insert_with(Instant::now);
+                        if since.elapsed() >= DENIED_PATIENCE {
+                            return Err(ProposeError::Denied(why));
+                        }
+                        reason = why;
                     }
                 }
             }
@@ -284,6 +309,7 @@ impl Group {
                 ))),
             },
             Err(status) if not_done(&status) => Err(again(addr, &status)),
+            Err(status) if denied(&status) => Err(NotThere::Denied(status.message().to_owned())),
             #[cfg(feature = "museum")]
             Err(status) if swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedUnknown) => {
                 Err(again(addr, &status))
@@ -437,6 +463,9 @@ impl Group {
             if self.stop.is_cancelled() {
                 return Err(ReadError::Stopping);
             }
+            if let Some(why) = self.expelled.borrow().clone() {
+                return Err(ReadError::NoLeader(why));
+            }
             let mut reason = "none is known".to_owned();
             let mut leader = match here().await {
                 Ok(said) => return Ok(said),
@@ -451,6 +480,7 @@ impl Group {
                 match at(addr.clone()).await {
                     Ok(said) => return Ok(said),
                     Err(NotThere::Failed(error)) => return Err(error),
+                    Err(NotThere::Denied(why)) => reason = why,
                     Err(NotThere::TryAgain(why, hint)) => {
                         reason = why;
                         leader = hint.filter(|hint| *hint != addr && !attempts.over());
@@ -1106,6 +1136,14 @@ pub(crate) async fn join_at(
         .await
         .map_err(|_| Status::deadline_exceeded(format!("{addr} has not answered")))?
         .map(tonic::Response::into_inner)
+}
+
+/// Whether the request was refused for who sent it, before anybody looked at what it asks for.
+fn denied(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::PermissionDenied | Code::Unauthenticated
+    )
 }
 
 /// Whether another attempt would be answered the same.

@@ -2,12 +2,19 @@
 //! own, over real TCP and mutual TLS. Killing one drops all of that at once.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
-use swarm_identity::{DataKey, Identity, KeyMaterial, Listener, NewKey, PeerIdentity, RootCa};
+use swarm_identity::net::{Acceptor, BoxStream, Net, Tcp};
+use swarm_identity::{
+    AuthorizeLayer, DataKey, Identity, KeyMaterial, Listener, NewKey, PeerIdentity, RootCa,
+};
 use swarm_proto::NodeId;
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::raft_client::RaftClient;
@@ -17,6 +24,7 @@ use swarm_raft::{RaftConfig, RaftNode, StartError};
 use swarm_store::testing::{cluster, create, network, node, transaction, update};
 use swarm_store::{Consensus, Member, MembershipError, ProposeError};
 use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Runtime;
 use zeroize::Zeroizing;
 
@@ -29,11 +37,95 @@ struct Lab {
 
 struct Host {
     identity: Arc<Identity>,
+    cable: Cable,
     key: DataKey,
     dir: TempDir,
     addr: SocketAddr,
     configure: fn(&mut RaftConfig),
     running: Option<(Runtime, Arc<RaftNode>)>,
+}
+
+/// What a host is on the network with. Pulled out, whatever goes through it breaks.
+#[derive(Clone, Debug, Default)]
+struct Cable(Arc<AtomicBool>);
+
+impl Cable {
+    fn pull(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    fn plug_in(&self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.0.load(Ordering::SeqCst) {
+            true => Err(io::ErrorKind::NetworkUnreachable.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Net for Cable {
+    async fn connect(&self, target: &str) -> io::Result<BoxStream> {
+        self.check()?;
+        let stream = Tcp.connect(target).await?;
+        Ok(Box::new(Wire(stream, self.clone())))
+    }
+
+    async fn listen(&self, addr: &str) -> io::Result<Box<dyn Acceptor>> {
+        let listener = Tcp.listen(addr).await?;
+        Ok(Box::new(Wire(listener, self.clone())))
+    }
+}
+
+/// What goes through a cable.
+#[derive(Debug)]
+struct Wire<T>(T, Cable);
+
+#[async_trait::async_trait]
+impl Acceptor for Wire<Box<dyn Acceptor>> {
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    async fn accept(&self) -> io::Result<(BoxStream, SocketAddr)> {
+        let (stream, from) = self.0.accept().await?;
+        Ok((Box::new(Wire(stream, self.1.clone())), from))
+    }
+}
+
+impl AsyncRead for Wire<BoxStream> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.1.check()?;
+        let read = Pin::new(&mut self.0).poll_read(context, into);
+        self.1.check()?;
+        read
+    }
+}
+
+impl AsyncWrite for Wire<BoxStream> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.1.check()?;
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
 }
 
 fn material(root: &RootCa, node: &str, role: NodeRole) -> KeyMaterial {
@@ -54,6 +146,7 @@ fn material(root: &RootCa, node: &str, role: NodeRole) -> KeyMaterial {
 
 fn manager(id: &str) -> Node {
     let mut made = node(id, "10.0.0.1");
+    made.role = NodeRole::Manager.into();
     made.spec.get_or_insert_default().desired_role = NodeRole::Manager.into();
     made
 }
@@ -74,8 +167,13 @@ impl Lab {
 
     fn host(&self, name: &str, configure: fn(&mut RaftConfig)) -> Host {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (cable, material) = (
+            Cable::default(),
+            material(&self.root, name, NodeRole::Manager),
+        );
         Host {
-            identity: Identity::new(material(&self.root, name, NodeRole::Manager)).unwrap(),
+            identity: Identity::on(material, Arc::new(cable.clone())).unwrap(),
+            cable,
             key: DataKey::random(),
             dir: tempfile::tempdir().unwrap(),
             addr: free.local_addr().unwrap(),
@@ -131,7 +229,14 @@ impl Host {
         let started = runtime.spawn(async move {
             let node = starting.await?;
             let listener = Listener::bind(&addr, identity).await.unwrap();
-            let server = swarm_identity::grpc_server().add_service(node.service());
+            let store = node.store().clone();
+            let role = move |peer: &PeerIdentity| {
+                let state = store.state();
+                Ok(state.node(&peer.node_id).map_or(peer.role, |it| it.role()))
+            };
+            let server = swarm_identity::grpc_server()
+                .layer(AuthorizeLayer::with_check(Arc::new(role)))
+                .add_service(node.service());
             tokio::spawn(server.serve_with_incoming(listener.incoming()));
             Ok(node)
         });
@@ -709,6 +814,60 @@ async fn a_leader_that_has_lost_its_quorum_tells_nobody_that_it_is_no_member() {
         .unwrap();
     let status = within("an answer", client.join(request)).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::FailedPrecondition, "{status}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_was_taken_out_answers_for_its_write_when_it_learns_it() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(3, |_| {}).await;
+    let former = leader(&hosts).await;
+    let next = (former + 1) % 3;
+    let away = hosts[former].node().clone();
+    hosts[former].cable.pull();
+    let writing = tokio::spawn(async move { away.propose(numbered(1)).await });
+    let mut leadership = hosts[next].node().leadership();
+    let away = hosts[former].node();
+    let elected = leadership.wait_for(|now| {
+        let other = |leader: &Member| leader.raft_id != away.raft_id();
+        now.leader.as_ref().is_some_and(other)
+    });
+    let elected = within("electing", elected).await.unwrap().leader.clone();
+    let elected = elected.map(|leader| leader.raft_id);
+    let is_elected = |host: &&Host| Some(host.node().raft_id()) == elected;
+    let leading = hosts.iter().find(is_elected).unwrap().node();
+    leads(leading).await;
+    demote(leading, &hosts[former].id(), away.raft_id()).await;
+    assert!(away.expelled().borrow().is_none());
+    hosts[former].cable.plug_in();
+    let answer = within("answering", writing).await.unwrap();
+    match answer {
+        Err(ProposeError::Unknown(reason)) => assert!(reason.contains("taken out"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let late = away.propose(numbered(2)).await;
+    assert!(matches!(late, Err(ProposeError::Denied(_))), "{late:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_leader_refuses_for_who_sends_it_is_certainly_not_done() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let (leading, other) = (hosts[lead].node(), &hosts[(lead + 1) % 3]);
+    let state = leading.read().await.unwrap();
+    let demoted = Node {
+        role: NodeRole::Worker.into(),
+        ..(**state.node(&other.id()).unwrap()).clone()
+    };
+    leading
+        .propose(transaction([update(demoted)]))
+        .await
+        .unwrap();
+    let refused = within("an answer", other.node().propose(numbered(1))).await;
+    assert!(
+        matches!(refused, Err(ProposeError::Denied(_))),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -144,9 +144,10 @@ pub fn new_tokens(root: &RootDigest) -> JoinTokens {
 
 fn propose_status(error: ProposeError) -> Status {
     match error {
-        ProposeError::NoLeader(_) | ProposeError::Unknown(_) | ProposeError::Stopping => {
-            Status::unavailable(error.to_string())
-        }
+        ProposeError::NoLeader(_)
+        | ProposeError::Unknown(_)
+        | ProposeError::Denied(_)
+        | ProposeError::Stopping => Status::unavailable(error.to_string()),
         ProposeError::Rejected(_) | ProposeError::TooLarge { .. } => {
             Status::internal(error.to_string())
         }

@@ -161,7 +161,11 @@ impl Worker {
                     tracing::error!(%error, "reports were dropped");
                     return true;
                 }
-                Err(error @ (ProposeError::NoLeader(_) | ProposeError::Unknown(_))) => {
+                Err(
+                    error @ (ProposeError::NoLeader(_)
+                    | ProposeError::Unknown(_)
+                    | ProposeError::Denied(_)),
+                ) => {
                     tracing::debug!(%error, "reports are kept until there is a leader");
                     tokio::select! {
                         () = self.cancel.cancelled() => return false,

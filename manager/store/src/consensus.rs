@@ -46,6 +46,9 @@ pub enum ProposeError {
     /// The connection or the leadership was lost on the way: it may or may not have been committed.
     #[error("the outcome of the write is not known: {0}")]
     Unknown(String),
+    /// The cluster does not take this node for a manager any more: nothing was changed.
+    #[error("this manager may not write any more: {0}")]
+    Denied(String),
     /// Over the size limit.
     #[error("the transaction has {size} bytes, more than {limit}")]
     TooLarge {
