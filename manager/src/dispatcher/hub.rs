@@ -1,9 +1,10 @@
 //! Follows the store and hands every session its part of each change.
 //!
 //! One loop owns the registry of sessions. A batch of changes is worked out
-//! once; only sessions that it concerns are touched. A session's queue is
-//! bounded: one that does not keep up is ended, and its agent starts again
-//! with a complete set. Nothing here waits for a session.
+//! once; only sessions that it concerns are touched. When the store has gone on
+//! further than it remembers (or got a snapshot), two states are compared instead. A
+//! session's queue is bounded: one that does not keep up is ended, and its agent
+//! starts again with a complete set. Nothing here waits for a session.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -138,10 +139,7 @@ async fn run(
                 let changes = change.and_then(|first| drain(first, &mut watch));
                 match changes {
                     Ok(changes) => registry.follow(&changes),
-                    Err(WatchError::Lagged { .. }) => {
-                        tracing::warn!("the dispatcher was too slow; all sessions start again from complete sets");
-                        watch = registry.start_again(consensus.store());
-                    }
+                    Err(WatchError::Lagged { .. }) => watch = registry.catch_up(consensus.store()),
                     Err(WatchError::Closed) => return,
                 }
             }
@@ -413,37 +411,20 @@ impl Registry {
         }
     }
 
-    /// Changes were lost: everyone gets a complete set.
-    fn start_again(&mut self, store: &Store) -> Watch {
+    /// Changes were lost: what they come to is seen from the states before and after them.
+    fn catch_up(&mut self, store: &Store) -> Watch {
         let (state, watch) = store.watch();
-        self.state = state;
-        self.managers = managers_of(&self.state);
-        self.holders.clear();
-        for node_id in self.sessions.keys().cloned().collect::<Vec<_>>() {
-            if self.state.node(&node_id).is_none() {
-                self.end(&node_id, removed(&node_id));
-                continue;
-            }
-            if let Some(entry) = self.sessions.get_mut(&node_id) {
-                entry.set = AssignmentSet::of(&self.state, &node_id);
-                entry.revision = self.state.index();
-                for network in entry.set.networks() {
-                    self.holders
-                        .entry(network.clone())
-                        .or_default()
-                        .insert(node_id.clone());
-                }
-            }
-            self.send(
-                &node_id,
-                Update::Info(Box::new(session_info(
-                    &self.state,
-                    &self.managers,
-                    &node_id,
-                ))),
-            );
-            self.send(&node_id, Update::Complete(self.state.clone()));
-        }
+        let change = Change {
+            index: state.index(),
+            events: state.changes_since(&self.state).into(),
+            state,
+        };
+        tracing::info!(
+            objects = change.events.len(),
+            behind = change.index.saturating_sub(self.state.index()),
+            "the dispatcher was behind; going on from the newest state"
+        );
+        self.follow(&[change]);
         watch
     }
 }
@@ -584,7 +565,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn after_a_snapshot_was_installed_sessions_get_complete_sets() {
+    async fn after_a_snapshot_was_installed_sessions_go_on_with_what_it_changes() {
         let running = running();
         let mut session = running.open().await;
         assert!(matches!(
@@ -594,19 +575,24 @@ mod tests {
         let mut ahead = State::clone(&running.consensus.store().state());
         let mut made = task("t", "s", &[]);
         made.node_id = "w1".into();
+        made.status = Some(TaskStatus {
+            state: TaskState::Assigned.into(),
+            ..TaskStatus::default()
+        });
         let index = ahead.index() + 100;
         let transaction = swarm_store::testing::transaction([create(made)]);
         ahead = ahead.apply(index, &transaction).expect("valid").state;
         running.consensus.store().replace(ahead);
-        loop {
-            match session.updates.recv().await.expect("the session goes on") {
-                Update::Complete(state) => {
-                    assert_eq!(state.index(), index);
-                    break;
-                }
-                Update::Info(_) => {}
-                other => panic!("{other:?}"),
+        match session.updates.recv().await.expect("the session goes on") {
+            Update::Incremental {
+                results_in,
+                changes,
+                ..
+            } => {
+                assert_eq!(results_in, index);
+                assert_eq!(changes.iter().map(|part| part.len()).sum::<usize>(), 1);
             }
+            other => panic!("{other:?}"),
         }
         let next = running.assign("t2");
         match session.updates.recv().await.expect("the session goes on") {
@@ -616,6 +602,46 @@ mod tests {
                 ..
             } => {
                 assert_eq!((applies_to, results_in), (index, next));
+            }
+            other => panic!("{other:?}"),
+        }
+        running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_hub_that_has_fallen_behind_goes_on_without_starting_a_session_again() {
+        let running = running();
+        let mut session = running.open().await;
+        assert!(matches!(
+            session.updates.recv().await,
+            Some(Update::Complete(_))
+        ));
+        let first = running.consensus.store().state().index();
+        // The hub does not run meanwhile. More than the store remembers:
+        let mut made = 0;
+        while running.consensus.store().watch_from(first).is_ok() {
+            let some = (made..made + 2000).map(|number| {
+                let mut made = task(&format!("t{number}"), "s", &[]);
+                made.node_id = if number % 1000 == 0 { "w1" } else { "w2" }.into();
+                made.status = Some(TaskStatus {
+                    state: TaskState::Assigned.into(),
+                    ..TaskStatus::default()
+                });
+                create(made)
+            });
+            running.consensus.write(some).expect("valid");
+            made += 2000;
+        }
+        let index = running.consensus.store().state().index();
+        match session.updates.recv().await.expect("the session goes on") {
+            Update::Incremental {
+                applies_to,
+                results_in,
+                changes,
+            } => {
+                assert_eq!((applies_to, results_in), (first, index));
+                let sent: usize = changes.iter().map(|part| part.len()).sum();
+                assert_eq!(sent, made / 1000);
             }
             other => panic!("{other:?}"),
         }

@@ -287,6 +287,36 @@ fn check_events(events: &[Event], index: u64) {
     }
 }
 
+/// All objects, by kind and ID.
+fn objects(state: &State) -> BTreeMap<(i32, String), Option<swarm_proto::v1::Object>> {
+    let all = state.changes_since(&State::default());
+    let key = |event: &Event| (event.kind() as i32, event.id().to_owned());
+    all.iter()
+        .map(|event| (key(event), event.new_object()))
+        .collect()
+}
+
+/// What two states differ in leads from the one to the other.
+fn check_difference(before: &State, after: &State) {
+    let mut reached = objects(before);
+    for event in after.changes_since(before) {
+        let key = (event.kind() as i32, event.id().to_owned());
+        assert_ne!(event.old_object(), event.new_object(), "no difference");
+        let was = match event.new_object() {
+            Some(new) => reached.insert(key, Some(new)),
+            None => reached.remove(&key),
+        };
+        assert_eq!(was.flatten(), event.old_object());
+    }
+    assert_eq!(reached, objects(after));
+    let count = after.nodes().count()
+        + after.services().count()
+        + after.tasks().count()
+        + after.networks().count();
+    assert_eq!(reached.len(), count + usize::from(after.cluster().is_some()));
+    assert_eq!(after.objects(), count);
+}
+
 fn small_cluster() -> Cluster {
     Cluster {
         default_addr_pool: vec!["10.0.0.0/26".into()],
@@ -338,6 +368,7 @@ proptest! {
             let read = State::decode(&written[..]).expect("just written");
             prop_assert!(read == state, "{read:#?}\n{state:#?}");
         }
+        let middle = script.len() / 2 + 1;
         let mut replica = State::default();
         for (place, transaction) in log.iter().enumerate() {
             let index = place as u64 + 1;
@@ -345,6 +376,9 @@ proptest! {
                 Ok(applied) => applied.state,
                 Err(_) => replica.after_refusal(index, transaction),
             };
+            if place == middle {
+                check_difference(&replica, &state);
+            }
         }
         prop_assert_eq!(bytes(&replica), bytes(&state));
     }

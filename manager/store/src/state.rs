@@ -3,6 +3,7 @@
 use std::ops::Bound;
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use imbl::{OrdMap, OrdSet};
 use swarm_proto::v1::{
     Cluster, Network, Node, Object, ObjectKind, Service, Task, TaskState, object,
@@ -248,6 +249,34 @@ impl State {
         next
     }
 
+    /// What is different from an earlier state, as one event for each object, in no particular
+    /// order. The work grows with the differences: what both share is not looked at.
+    #[must_use]
+    pub fn changes_since(&self, before: &Self) -> Vec<Event> {
+        let mut events = Vec::new();
+        if self.cluster != before.cluster {
+            events.push(Event::Cluster {
+                old: before.cluster.clone(),
+                new: self.cluster.clone(),
+            });
+        }
+        let nodes = differences(&before.nodes, &self.nodes);
+        events.extend(nodes.map(|(old, new)| Event::Node { old, new }));
+        let networks = differences(&before.networks, &self.networks);
+        events.extend(networks.map(|(old, new)| Event::Network { old, new }));
+        let services = differences(&before.services, &self.services);
+        events.extend(services.map(|(old, new)| Event::Service { old, new }));
+        let tasks = differences(&before.tasks, &self.tasks);
+        events.extend(tasks.map(|(old, new)| Event::Task { old, new }));
+        events
+    }
+
+    /// How many objects there are.
+    #[must_use]
+    pub fn objects(&self) -> usize {
+        self.nodes.len() + self.services.len() + self.tasks.len() + self.networks.len()
+    }
+
     /// The highest raft term in which a transaction was proposed.
     #[must_use]
     pub fn term(&self) -> u64 {
@@ -374,6 +403,20 @@ impl State {
             .map(|task| task.id.clone())
             .collect()
     }
+}
+
+fn differences<'a, K: Ord, T: PartialEq>(
+    before: &'a OrdMap<K, Arc<T>>,
+    after: &'a OrdMap<K, Arc<T>>,
+) -> impl Iterator<Item = (Option<Arc<T>>, Option<Arc<T>>)> {
+    before.diff(after).map(|difference| match difference {
+        DiffItem::Add(_, new) => (None, Some(new.clone())),
+        DiffItem::Update {
+            old: (_, old),
+            new: (_, new),
+        } => (Some(old.clone()), Some(new.clone())),
+        DiffItem::Remove(_, old) => (Some(old.clone()), None),
+    })
 }
 
 /// A reference that names not exactly one object.
