@@ -37,6 +37,7 @@ use crate::node::RaftTiming;
 use crate::state_machine::StateMachine;
 use crate::transport::{EXPELLED, LEADER, Lane, Pool, REFUSED, leader_hint, not_done};
 use crate::types::{Command, LogId, Peer, TypeConfig};
+use crate::weight::{Due, Scales, Work};
 
 /// How long a proposal or a read looks for a leader.
 const NO_LEADER_PATIENCE: Duration = Duration::from_secs(10);
@@ -69,8 +70,10 @@ pub(crate) struct Group {
     pub(crate) addr: String,
     pub(crate) dir: PathBuf,
     pub(crate) timing: RaftTiming,
-    /// When the cluster does not say.
-    pub(crate) snapshot_interval: u64,
+    /// The number of entries is the cluster's to say, if it does.
+    pub(crate) snapshot_due: Due,
+    /// What was applied.
+    pub(crate) scales: Arc<Mutex<Scales>>,
     pub(crate) store: Arc<Store>,
     pub(crate) applied: watch::Receiver<Option<LogId>>,
     pub(crate) pool: Pool,
@@ -498,20 +501,21 @@ impl Group {
 
     // --- Who leads -------------------------------------------------------
 
-    /// Publishes who leads and where members are, and asks for snapshots when they are due, until
-    /// this member stops.
+    /// Publishes who leads and where members are, asks for snapshots when they are due, and cuts
+    /// off what the log need not keep behind them, until this member stops.
     pub(crate) async fn watch(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
-        let mut asked_at = 0;
+        let mut asked = Work::default();
+        let mut cut = 0;
         loop {
-            let (leadership, applied, snapshot, running) = {
+            let (leadership, purged, snapshot, running) = {
                 let metrics = metrics.borrow_watched();
                 for (&raft_id, peer) in metrics.membership_config.nodes() {
                     self.pool.locate(raft_id, &peer.addr);
                 }
                 (
                     self.leadership_of(&metrics),
-                    metrics.last_applied.map_or(0, |id| id.index),
+                    metrics.purged.map_or(0, |id| id.index),
                     metrics.snapshot.map_or(0, |id| id.index),
                     metrics.running_state.clone(),
                 )
@@ -523,11 +527,22 @@ impl Group {
                 }
                 break;
             }
-            if applied >= snapshot.max(asked_at) + self.snapshot_interval() {
-                asked_at = applied;
-                // An error means that the core has stopped, which the next look shows.
+            // An error means that the core has stopped, which the next look shows.
+            asked.index = asked.index.max(snapshot);
+            let (now, dispensable) = {
+                let scales = self.scales.lock();
+                (scales.work(), scales.dispensable())
+            };
+            if self.snapshot_due().is_due(asked, now) {
+                asked = now;
                 let _ = self.raft.trigger().snapshot().await;
             }
+            // The core keeps entries by their number.
+            let dispensable = dispensable.map_or(0, |index| index.min(snapshot));
+            if snapshot > cut && dispensable > purged {
+                let _ = self.raft.trigger().purge_log(dispensable).await;
+            }
+            cut = snapshot;
             tokio::select! {
                 () = self.stop.cancelled() => break,
                 changed = metrics.changed() => if changed.is_err() { break },
@@ -560,12 +575,17 @@ impl Group {
         });
     }
 
-    fn snapshot_interval(&self) -> u64 {
+    fn snapshot_due(&self) -> Due {
         let state = self.store.state();
         let spec = state.cluster().and_then(|cluster| cluster.spec.as_ref());
-        spec.and_then(|spec| spec.snapshot_interval)
-            .filter(|&interval| interval > 0)
-            .unwrap_or(self.snapshot_interval)
+        let entries = spec
+            .and_then(|spec| spec.snapshot_interval)
+            .filter(|&interval| interval > 0);
+        let due = Due {
+            entries: entries.unwrap_or(self.snapshot_due.entries),
+            ..self.snapshot_due
+        };
+        due.in_proportion(self.scales.lock().snapshot_bytes(), state.objects() as u64)
     }
 
     fn leadership_of(&self, metrics: &RaftMetrics<TypeConfig>) -> Leadership {

@@ -20,6 +20,7 @@ mod snapshot;
 mod state_machine;
 mod transport;
 mod types;
+mod weight;
 
 pub use error::{DiskError, RaftFatal, StartError};
 pub use node::{RaftConfig, RaftNode, RaftTiming};

@@ -21,6 +21,7 @@ use super::*;
 use crate::snapshot::Snapshots;
 use crate::state_machine::StateMachine;
 use crate::types::Command;
+use crate::weight::Scales;
 
 fn id(term: u64, index: u64) -> LogId {
     LogId {
@@ -88,8 +89,13 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         let (log, _writer) = opened.unwrap();
         let path = dir.path().join("snapshots");
         let (snapshots, found) = Snapshots::open(disk, &path, Sealer::new(&key)).unwrap();
-        let machine =
-            StateMachine::restore(snapshots, found, threads.blocking(), FatalReporter::new());
+        let machine = StateMachine::restore(
+            snapshots,
+            found,
+            Scales::new(1 << 20),
+            threads.blocking(),
+            FatalReporter::new(),
+        );
         Ok((dir, log, machine.unwrap()))
     }
 }

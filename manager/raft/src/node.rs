@@ -38,6 +38,7 @@ use crate::snapshot::Snapshots;
 use crate::state_machine::StateMachine;
 use crate::transport::{Network, Pool, RAFT_MESSAGE_MAX, leader_hint};
 use crate::types::Peer;
+use crate::weight::{Due, Scales};
 
 /// Raft ID of the manager that makes the cluster.
 const FIRST: u64 = 1;
@@ -49,6 +50,11 @@ const JOIN_WAIT: Duration = Duration::from_millis(250);
 const LEAD_PATIENCE: Duration = Duration::from_secs(30);
 /// Entries kept behind a snapshot for followers that are a little behind.
 const KEPT_ENTRIES: u64 = 2_000;
+/// But no more bytes of them than this, or what one entry has.
+const KEPT_BYTES: u64 = 64 << 20;
+/// Bytes of the log after which a snapshot is due, and changes to objects, which take about a second.
+const SNAPSHOT_BYTES: u64 = 64 << 20;
+const SNAPSHOT_CHANGES: u64 = 100_000;
 
 /// When heartbeats are sent and elections begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +97,14 @@ pub struct RaftConfig {
     pub timing: RaftTiming,
     /// Log entries between two snapshots, when the cluster's spec does not say. Above 0.
     pub snapshot_interval: u64,
-    /// Entries kept behind a snapshot.
+    /// Bytes of them after which one is due before, unless the last snapshot was larger.
+    pub snapshot_bytes: u64,
+    /// Changes after which one is due before, unless there are more objects.
+    pub snapshot_changes: u64,
+    /// Entries kept behind a snapshot…
     pub kept_entries: u64,
+    /// …if they have no more bytes.
+    pub kept_bytes: u64,
     /// What `dir` is on.
     pub disk: Arc<dyn Disk>,
     /// Where consensus runs and the disk is waited for.
@@ -115,7 +127,10 @@ impl RaftConfig {
             data_key,
             timing: RaftTiming::default(),
             snapshot_interval: SNAPSHOT_INTERVAL,
+            snapshot_bytes: SNAPSHOT_BYTES,
+            snapshot_changes: SNAPSHOT_CHANGES,
             kept_entries: KEPT_ENTRIES,
+            kept_bytes: KEPT_BYTES,
             disk: SystemDisk::shared(),
             threads: Threads::default(),
         }
@@ -263,6 +278,7 @@ impl RaftNode {
             entries_timeout: (config.timing.election_max * 4).max(Duration::from_secs(2)),
         };
         let (store, applied) = (machine.store().clone(), machine.applied());
+        let scales = machine.scales();
         let raft_id = member.raft_id;
         let starting = runtime
             .handle()
@@ -279,7 +295,12 @@ impl RaftNode {
             addr: config.addr,
             dir: config.dir,
             timing: config.timing,
-            snapshot_interval: config.snapshot_interval,
+            snapshot_due: Due {
+                entries: config.snapshot_interval,
+                bytes: config.snapshot_bytes,
+                changes: config.snapshot_changes,
+            },
+            scales,
             store,
             applied,
             pool,
@@ -420,6 +441,7 @@ async fn open(
 ) -> Result<(LogStore, LogWriter, StateMachine), StartError> {
     let (dir, key) = (config.dir.clone(), config.data_key.clone());
     let (disk, threads) = (config.disk.clone(), config.threads);
+    let scales = Scales::new(config.kept_bytes);
     let later = blocking.clone();
     let opening = blocking.run(async move {
         let place = dir.join("snapshots");
@@ -434,7 +456,7 @@ async fn open(
                 "it is missing, and the log before it has been purged",
             ));
         }
-        let machine = StateMachine::restore(snapshots, found, later, fatal)
+        let machine = StateMachine::restore(snapshots, found, scales, later, fatal)
             .map_err(|error| DiskError::damaged(snapshot_dir, "the snapshot", error))?;
         Ok((log, writer, machine))
     });

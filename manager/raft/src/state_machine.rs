@@ -11,13 +11,16 @@ use futures::{Stream, StreamExt as _};
 use openraft::entry::RaftEntry as _;
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use parking_lot::Mutex;
 use swarm_disk::Blocking;
 use swarm_store::{State, Store};
 use tokio::sync::watch;
 
+use crate::disk::entry_size;
 use crate::error::{FatalReporter, chain};
 use crate::snapshot::Snapshots;
 use crate::types::{LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::weight::Scales;
 
 /// Holds what is applied, and where in the log that is.
 pub struct StateMachine {
@@ -25,6 +28,7 @@ pub struct StateMachine {
     applied: watch::Sender<Option<LogId>>,
     membership: StoredMembership,
     snapshots: Snapshots,
+    scales: Arc<Mutex<Scales>>,
     blocking: Blocking,
     fatal: FatalReporter,
 }
@@ -37,18 +41,23 @@ impl StateMachine {
     pub(crate) fn restore(
         snapshots: Snapshots,
         found: Option<Snapshot>,
+        mut scales: Scales,
         blocking: Blocking,
         fatal: FatalReporter,
     ) -> Result<Self, swarm_store::DecodeError> {
         let (state, meta) = match found {
             None => (State::default(), SnapshotMeta::default()),
-            Some(found) => (State::decode(found.snapshot.as_ref())?, found.meta),
+            Some(found) => {
+                scales.snapshot(found.snapshot.len() as u64);
+                (State::decode(found.snapshot.as_ref())?, found.meta)
+            }
         };
         Ok(Self {
             store: Store::new(state),
             applied: watch::Sender::new(meta.last_log_id),
             membership: meta.last_membership,
             snapshots,
+            scales: Arc::new(Mutex::new(scales)),
             blocking,
             fatal,
         })
@@ -57,6 +66,11 @@ impl StateMachine {
     /// The store that is written to.
     pub(crate) fn store(&self) -> &Arc<Store> {
         &self.store
+    }
+
+    /// What it has applied.
+    pub(crate) fn scales(&self) -> Arc<Mutex<Scales>> {
+        self.scales.clone()
     }
 
     /// The last entry applied, now and from now on.
@@ -80,6 +94,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
             let id = entry.log_id();
+            let before = self.store.changes();
             let outcome = match &entry.payload {
                 EntryPayload::Normal(command) => {
                     let transaction = command.transaction().map_err(|error| {
@@ -100,6 +115,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                     Outcome(Ok(()))
                 }
             };
+            let changes = self.store.changes() - before;
+            self.scales
+                .lock()
+                .applied(id.index, entry_size(&entry) as u64, changes);
             self.applied.send_replace(Some(id));
             if let Some(responder) = responder {
                 responder.send(outcome);
@@ -116,6 +135,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 last_membership: self.membership.clone(),
             },
             snapshots: self.snapshots.clone(),
+            scales: self.scales.clone(),
             blocking: self.blocking.clone(),
             fatal: self.fatal.clone(),
         }
@@ -123,6 +143,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> io::Result<()> {
         let (snapshots, saved_meta) = (self.snapshots.clone(), meta.clone());
+        let size = snapshot.len() as u64;
         let installed = self.blocking.run(async move {
             let state = State::decode(snapshot.as_ref())
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
@@ -138,6 +159,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 return Err(error);
             }
         };
+        self.scales.lock().snapshot(size);
         self.store.replace(state);
         self.membership = meta.last_membership.clone();
         self.applied.send_replace(meta.last_log_id);
@@ -164,6 +186,7 @@ pub struct Builder {
     state: Arc<State>,
     meta: SnapshotMeta,
     snapshots: Snapshots,
+    scales: Arc<Mutex<Scales>>,
     blocking: Blocking,
     fatal: FatalReporter,
 }
@@ -173,7 +196,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let (state, meta) = (self.state.clone(), self.meta.clone());
-        let snapshots = self.snapshots.clone();
+        let (snapshots, scales) = (self.snapshots.clone(), self.scales.clone());
         let built = self.blocking.run(async move {
             let mut data = BytesMut::new();
             state
@@ -181,6 +204,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
                 .for_each(|chunk| data.extend_from_slice(&chunk));
             let data = data.freeze();
             snapshots.save(&meta, &data).await?;
+            scales.lock().snapshot(data.len() as u64);
             Ok::<_, crate::error::DiskError>(Snapshot {
                 meta,
                 snapshot: data,

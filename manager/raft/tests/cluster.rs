@@ -588,6 +588,59 @@ async fn a_newcomer_gets_a_snapshot_when_the_log_is_gone() {
     }
 }
 
+fn heavy_entries(config: &mut RaftConfig) {
+    config.snapshot_bytes = 1 << 20;
+    config.kept_bytes = 256 << 10;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_heavy_entries_leave_is_cut_off_behind_a_snapshot() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(1, heavy_entries).await;
+    // Far fewer than the entries between two snapshots.
+    for number in 0..40 {
+        let heavy = Transaction {
+            proposer: "x".repeat(100_000),
+            ..numbered(number)
+        };
+        hosts[0].node().propose(heavy).await.unwrap();
+    }
+    let written = async {
+        while snapshots(&hosts[0]) == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("a snapshot", written).await;
+    // Whoever comes now cannot be given the log from its beginning.
+    let mut newcomer = lab.host("n2", heavy_entries);
+    hosts[0].enroll(&newcomer).await;
+    newcomer.join(&hosts[0]).await;
+    let index = newcomer.node().propose(numbered(40)).await.unwrap();
+    newcomer.has_applied(index).await;
+    assert_eq!(networks(newcomer.node()).len(), 41);
+    assert_eq!(snapshots(&newcomer), 1);
+    hosts[0].kill();
+    hosts[0].start().await.unwrap();
+    within("reading", hosts[0].node().read()).await.unwrap();
+    assert_eq!(networks(hosts[0].node()).len(), 41);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_due_after_many_changes() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(1, |config| config.snapshot_changes = 300).await;
+    for round in 0..4 {
+        let nodes = (0..100).map(|number| create(node(&format!("w{round}-{number}"), "")));
+        hosts[0].node().propose(transaction(nodes)).await.unwrap();
+    }
+    let written = async {
+        while snapshots(&hosts[0]) == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("a snapshot", written).await;
+}
+
 /// What the replica of `host` says of where the manager of `node` is.
 async fn published(host: &Host, node: &str, addr: &str) {
     let published = async {

@@ -17,7 +17,9 @@ pub(super) fn propose(error: ProposeError) -> Status {
         ProposeError::NoLeader(reason) => return no_leader(&reason),
         ProposeError::Unknown(_) => return Status::unknown(error.to_string()),
         ProposeError::TooLarge { .. } => return Status::resource_exhausted(error.to_string()),
-        ProposeError::Denied(_) | ProposeError::Stopping => return Status::unavailable(error.to_string()),
+        ProposeError::Denied(_) | ProposeError::Stopping => {
+            return Status::unavailable(error.to_string());
+        }
     };
     let code = rejection.code();
     let message = rejection.message;

@@ -313,7 +313,10 @@ fn check_difference(before: &State, after: &State) {
         + after.services().count()
         + after.tasks().count()
         + after.networks().count();
-    assert_eq!(reached.len(), count + usize::from(after.cluster().is_some()));
+    assert_eq!(
+        reached.len(),
+        count + usize::from(after.cluster().is_some())
+    );
     assert_eq!(after.objects(), count);
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use swarm_proto::v1::Transaction;
@@ -30,6 +31,7 @@ const REMEMBERED_STATES: usize = 256;
 pub struct Store {
     newest: watch::Sender<Arc<State>>,
     recent: Arc<Mutex<Recent>>,
+    changes: AtomicU64,
 }
 
 /// Every change after a snapshot, in order, each once.
@@ -125,7 +127,14 @@ impl Store {
                 events: 0,
                 forgotten,
             })),
+            changes: AtomicU64::new(0),
         })
+    }
+
+    /// How many changes to objects have been committed since the store was made.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
     }
 
     /// The newest state.
@@ -189,6 +198,8 @@ impl Store {
         match before.apply(index, transaction) {
             Ok(applied) => {
                 let state = Arc::new(applied.state);
+                let changes = applied.events.len() as u64;
+                self.changes.fetch_add(changes, Ordering::Relaxed);
                 if !applied.events.is_empty() {
                     self.recent.lock().push(Change {
                         index,
