@@ -25,7 +25,7 @@ use tracing::Instrument as _;
 use crate::container::{container_spec, full_name, sandbox_spec};
 pub use crate::driver::TaskView;
 use crate::driver::{Board, Deps};
-use crate::local::{LocalError, LocalState, LocalStore};
+use crate::local::{LocalError, LocalState, LocalStore, WriteBatch};
 use crate::network::{Dataplane, NetworkError};
 use crate::programmer::{self, Goal, Programmed};
 use crate::reporter::Reporter;
@@ -120,6 +120,11 @@ impl Agent {
         let opening = async move { LocalStore::open(&*disk, threads, &data_dir).await };
         let opened = threads.blocking().run(opening).await;
         let (local, stored) = opened.map_err(|_| AgentError::Stopped)??;
+        // On disk before anything is reported under this number.
+        let starts = stored.starts + 1;
+        let mut begun = WriteBatch::default();
+        begun.starts(starts);
+        local.commit(begun).await?;
         let containers = config.runtime.list().await?;
         let adopted = adopt(&stored, containers.clone());
         let sandboxes = adopted
@@ -140,12 +145,13 @@ impl Agent {
             .dataplane
             .set_underlay(config.data_path_addr, port)
             .await?;
-        Ok(Self::spawn(config, local, stored, adopted, port))
+        Ok(Self::spawn(config, local, starts, stored, adopted, port))
     }
 
     fn spawn(
         config: AgentConfig,
         local: LocalStore,
+        starts: u64,
         stored: LocalState,
         adopted: Vec<Adopted>,
         port: u16,
@@ -153,7 +159,7 @@ impl Agent {
         let cancel = CancellationToken::new();
         let session_cancel = CancellationToken::new();
         let session_leave = CancellationToken::new();
-        let reporter = Arc::new(Reporter::default());
+        let reporter = Arc::new(Reporter::new(starts));
         let board = Arc::new(Board::default());
         let collect = Arc::new(Notify::new());
         let (goal, goal_watch) = watch::channel(Goal::default());

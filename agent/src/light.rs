@@ -54,7 +54,7 @@ impl LightAgent {
         description: NodeDescription,
         observer: Arc<dyn Observer>,
     ) -> Self {
-        let reporter = Arc::new(Reporter::default());
+        let reporter = Arc::new(Reporter::new(0));
         let tasks = Arc::new(Mutex::new(HashMap::new()));
         let (requests, inbox) = mpsc::channel(1);
         let (programmed, programmed_watch) = watch::channel(Programmed::default());

@@ -104,6 +104,8 @@ pub struct LocalState {
     pub tasks: BTreeMap<TaskId, StoredTask>,
     /// What a manager said last of the node and the cluster.
     pub session: Option<SessionInfo>,
+    /// How often the agent was started before.
+    pub starts: u64,
 }
 
 /// The open store. Clones share it.
@@ -170,14 +172,16 @@ impl WriteBatch {
         self.put("m/session".to_owned(), info);
     }
 
+    /// How often the agent was started.
+    pub fn starts(&mut self, starts: u64) {
+        self.number("m/starts", starts);
+    }
+
     /// The difference between two held sets. Tasks that are no longer assigned are marked and stay
     /// until [`Self::remove_task`]: they still have to be stopped.
     pub fn assignments(&mut self, old: &Held, new: &Held) {
         if old.revision != new.revision {
-            self.writes.push((
-                "m/revision".to_owned(),
-                Some(new.revision.to_be_bytes().to_vec()),
-            ));
+            self.number("m/revision", new.revision);
         }
         for item in old.tasks.diff(&new.tasks) {
             match item {
@@ -234,6 +238,11 @@ impl WriteBatch {
                 DiffItem::Remove(service, _) => self.delete(format!("s/{id}/{service}")),
             }
         }
+    }
+
+    fn number(&mut self, key: &str, number: u64) {
+        let bytes = number.to_be_bytes().to_vec();
+        self.writes.push((key.to_owned(), Some(bytes)));
     }
 
     fn put(&mut self, key: String, value: &impl Message) {
@@ -632,6 +641,11 @@ fn build_state(values: &BTreeMap<String, Vec<u8>>) -> Result<LocalState, Named> 
     fn read<M: Message + Default>(key: &str, value: &[u8]) -> Result<M, Named> {
         M::decode(value).map_err(|error| (key.to_owned(), error.to_string()))
     }
+    fn number(key: &str, value: &[u8]) -> Result<u64, Named> {
+        let bytes = value.try_into();
+        let bytes = bytes.map_err(|_| (key.to_owned(), "not a number".to_owned()))?;
+        Ok(u64::from_be_bytes(bytes))
+    }
     let mut state = LocalState::default();
     let mut networks: BTreeMap<NetworkId, NetworkView> = BTreeMap::new();
     let mut tasks: BTreeMap<TaskId, Task> = BTreeMap::new();
@@ -642,11 +656,8 @@ fn build_state(values: &BTreeMap<String, Vec<u8>>) -> Result<LocalState, Named> 
     for (key, value) in values {
         let (kind, rest) = key.split_once('/').ok_or_else(|| strange(key))?;
         match (kind, rest.split_once('/')) {
-            ("m", None) if rest == "revision" => {
-                let bytes = value.as_slice().try_into();
-                let bytes = bytes.map_err(|_| (key.clone(), "not a number".to_owned()))?;
-                state.held.revision = u64::from_be_bytes(bytes);
-            }
+            ("m", None) if rest == "revision" => state.held.revision = number(key, value)?,
+            ("m", None) if rest == "starts" => state.starts = number(key, value)?,
             ("m", None) if rest == "session" => state.session = Some(read(key, value)?),
             ("t", None) => {
                 tasks.insert(TaskId::from(rest), read(key, value)?);

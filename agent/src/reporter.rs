@@ -19,14 +19,30 @@ use tokio::sync::Notify;
 /// Encoded bytes of updates in one report; far below the message limit.
 const REPORT_MAX: usize = 256 << 10;
 
+/// Statuses that one start of the agent can report, in their order: more than it ever will.
+const PER_START: u64 = 1 << 40;
+
 /// The queue, shared by the tasks that fill it and the session that empties it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Reporter {
     queue: Mutex<Queue>,
     changed: Notify,
 }
 
 impl Reporter {
+    /// For the agent's life of this number; what an earlier one has reported comes before.
+    #[must_use]
+    pub fn new(starts: u64) -> Self {
+        let queue = Queue {
+            next_order: starts.saturating_mul(PER_START).max(1),
+            ..Queue::default()
+        };
+        Self {
+            queue: Mutex::new(queue),
+            changed: Notify::new(),
+        }
+    }
+
     /// Queues a task's newest status.
     pub fn push(&self, task: &TaskId, status: TaskStatus) {
         self.queue.lock().push(task, status);
@@ -102,7 +118,7 @@ fn urgent(status: &TaskStatus) -> bool {
 }
 
 impl Queue {
-    fn push(&mut self, task: &TaskId, status: TaskStatus) {
+    fn push(&mut self, task: &TaskId, mut status: TaskStatus) {
         if let Some(entry) = self.entries.get(task) {
             if entry.status.state > status.state {
                 return;
@@ -111,6 +127,7 @@ impl Queue {
         }
         let order = self.next_order;
         self.next_order += 1;
+        status.order = order;
         self.unsent.insert(order, task.clone());
         let entry = Entry {
             status,
@@ -201,6 +218,26 @@ mod tests {
         let sent = report.updates[0].status.as_ref().unwrap();
         assert_eq!(sent.state, TaskState::Running as i32);
         assert_eq!(queue.next_report(), None);
+    }
+
+    #[test]
+    fn what_is_reported_later_has_a_higher_order_over_restarts() {
+        let mut last = 0;
+        for starts in [1, 2, 3] {
+            let reporter = Reporter::new(starts);
+            for healthy in [false, true] {
+                let mut running = status(TaskState::Running);
+                running.healthy = healthy;
+                reporter.push(&TaskId::from("a"), running);
+                let report = reporter.next_report().unwrap();
+                let order = report.updates[0].status.as_ref().unwrap().order;
+                assert!(order > last, "{order} after {last}");
+                last = order;
+                // Sent again, it is what it was.
+                reporter.restart();
+                assert_eq!(reporter.next_report().unwrap().updates, report.updates);
+            }
+        }
     }
 
     #[test]

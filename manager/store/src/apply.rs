@@ -1275,10 +1275,10 @@ pub(crate) fn holds_addresses(task: &Task) -> bool {
     !task.networks.is_empty() && !is_terminal(state_of(task))
 }
 
-/// A report of the same state that says something else, later.
+/// A report of the same state that says something else, and was made later. A report may be sent
+/// again by way of another manager and overtake itself; the clock of its node may be set back.
 fn is_news(old: Option<&TaskStatus>, new: &TaskStatus) -> bool {
-    let time = |status: &TaskStatus| status.timestamp.map(|at| (at.seconds, at.nanos));
-    old.is_none_or(|old| time(new) > time(old) && !same_but_time(old, new))
+    old.is_none_or(|old| new.order > old.order && !same_but_time(old, new))
 }
 
 fn same_but_time(old: &TaskStatus, new: &TaskStatus) -> bool {

@@ -422,6 +422,35 @@ fn the_state_of_a_task_only_rises() {
 }
 
 #[test]
+fn which_report_is_newer_is_not_a_matter_of_clocks() {
+    let state = after(&with_service(""), [create(task("t", "s", &["n"]))]);
+    let running = |at: i64, order: u64, healthy: bool| {
+        let mut report = report("t", TaskState::Running, at);
+        if let Some(store_action::Action::TaskStatus(update)) = &mut report.action {
+            let status = update.status.as_mut().expect("set");
+            (status.order, status.healthy) = (order, healthy);
+        }
+        [report]
+    };
+    let healthy = |state: &State| {
+        let task = state.task("t").expect("exists");
+        task.status.as_ref().expect("set").healthy
+    };
+    let state = after(&state, running(3600, 7, false));
+    // The node's clock was an hour ahead, and has been set right.
+    let state = after(&state, running(5, 8, true));
+    assert!(healthy(&state), "a newer report was taken for an old one");
+    // One that went astray arrives at last; its clock was ahead.
+    let state = after(&state, running(9000, 6, false));
+    assert!(healthy(&state), "an older report was taken for a new one");
+    // Sent again, it changes nothing, not even the version.
+    let again = state
+        .apply(state.index() + 1, &transaction(running(5, 8, true)))
+        .expect("valid");
+    assert!(again.events.is_empty());
+}
+
+#[test]
 fn a_leader_of_an_older_term_is_fenced() {
     let of_term = |term| Transaction {
         term,

@@ -212,7 +212,7 @@ pub fn remove(kind: ObjectKind, id: &str) -> StoreAction {
     }))
 }
 
-/// A report that the task is in `state` since second `at`; healthy if RUNNING.
+/// A report that the task is in `state` since second `at`, made in that order; healthy if RUNNING.
 #[must_use]
 pub fn report(task_id: &str, state: TaskState, at: i64) -> StoreAction {
     action(store_action::Action::TaskStatus(TaskStatusUpdate {
@@ -223,6 +223,7 @@ pub fn report(task_id: &str, state: TaskState, at: i64) -> StoreAction {
                 nanos: 0,
             }),
             state: state.into(),
+            order: u64::try_from(at).unwrap_or_default(),
             healthy: state == TaskState::Running,
             ..TaskStatus::default()
         }),
