@@ -488,19 +488,17 @@ fn with_port(remote: &str) -> String {
     }
 }
 
-/// The gateway bridge with its own ID, then the overlay networks that exist here now.
+/// The gateway bridge with its own ID, then the overlay networks that exist here now. The bridge is the
+/// node's before the first task needs it; only then it gets a subnet, one that no network has.
 async fn local_networks(agent: &Agent, node: &NodeId) -> Vec<LocalNetwork> {
-    let mut networks = Vec::new();
-    if let Some(subnet) = agent.gateway_subnet() {
-        networks.push(LocalNetwork {
-            id: gateway_id(node),
-            name: GATEWAY.to_owned(),
-            driver: "bridge".to_owned(),
-            scope: "local".to_owned(),
-            subnets: vec![subnet],
-            ..LocalNetwork::default()
-        });
-    }
+    let mut networks = vec![LocalNetwork {
+        id: gateway_id(node),
+        name: GATEWAY.to_owned(),
+        driver: "bridge".to_owned(),
+        scope: "local".to_owned(),
+        subnets: agent.gateway_subnet().into_iter().collect(),
+        ..LocalNetwork::default()
+    }];
     for network in agent.held_networks().await.into_values() {
         let spec = network.spec.clone().unwrap_or_default();
         let pools = network

@@ -70,7 +70,11 @@ fn a_full_disk_stops_its_manager_and_space_lets_it_start_again() -> Result<()> {
     cluster.host_sh(full, "rm /var/lib/swarm/fill")?;
     cluster.start(full)?;
     cluster.wait_ready(PATIENCE)?;
-    let listed = cluster.swarm(full, &["network", "ls", "--format", "{{.Name}}"])?;
+    let overlays = ["--filter", "scope=swarm"];
+    let listed = cluster.swarm(
+        full,
+        &[&["network", "ls", "--format", "{{.Name}}"][..], &overlays].concat(),
+    )?;
     ensure!(
         listed.lines().count() == written + 1 && listed.lines().any(|name| name == "without"),
         "{written} networks were made: {listed}"
@@ -120,7 +124,7 @@ fn a_damaged_file_is_named_and_nothing_of_it_is_served() -> Result<()> {
     cluster.start("h1")?;
     ensure!(
         cluster
-            .swarm("h1", &["network", "ls", "-q"])?
+            .swarm("h1", &["network", "ls", "-q", "--filter", "scope=swarm"])?
             .lines()
             .count()
             == 30
@@ -205,7 +209,8 @@ fn outsiders_and_workers_are_refused_and_named_in_the_log() -> Result<()> {
         ensure!(log.contains(said), "the log does not say {said:?}");
     }
     ensure!(cluster.swarm("h1", &["node", "ls"])? == before);
-    ensure!(cluster.swarm("h1", &["network", "ls", "-q"])?.is_empty());
+    let overlays = ["network", "ls", "-q", "--filter", "scope=swarm"];
+    ensure!(cluster.swarm("h1", &overlays)?.is_empty());
     Ok(())
 }
 

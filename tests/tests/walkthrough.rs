@@ -219,6 +219,21 @@ fn a_network_exists_only_where_a_task_is_on_it() -> Result<()> {
     let cluster = Cluster::up(3, 1)?;
     let id = cluster.swarm("h1", &["network", "create", "--driver", "overlay", "lazy"])?;
     let id = id.trim();
+    // Each node lists its own bridge with an ID of its own, also before it has run a task.
+    let own = |host: &str| -> Result<String> {
+        let args = ["network", "ls", "--no-trunc", "--filter", "scope=local"];
+        let format = ["--format", "{{.ID}} {{.Name}} {{.Driver}}"];
+        cluster.swarm(host, &[&args[..], &format].concat())
+    };
+    let before = [own("h1")?, own("h2")?, own("h3")?];
+    for listed in &before {
+        ensure!(
+            listed.ends_with(" swarm_gwbridge bridge\n") && listed.lines().count() == 1,
+            "{listed}"
+        );
+    }
+    ensure!(before[0] != before[1] && before[1] != before[2]);
+    cluster.swarm("h2", &["network", "inspect", "swarm_gwbridge"])?;
     cluster.service(
         "h1",
         "web",
@@ -281,6 +296,13 @@ fn a_network_exists_only_where_a_task_is_on_it() -> Result<()> {
             "{host} does not list the network: {listed}"
         );
     }
+    ensure!(
+        [own("h1")?, own("h2")?, own("h3")?] == before,
+        "a node's bridge has another ID than before its first task"
+    );
+    let subnet = "{{range .IPAM.Config}}{{.Subnet}}{{end}}";
+    let inspected = ["network", "inspect", "--format", subnet, "swarm_gwbridge"];
+    ensure!(cluster.swarm("h2", &inspected)?.starts_with("172.18."));
     // Scaled back, it is gone within a second. A busy machine may be slower once, not each time.
     let mut fastest = PATIENCE;
     for _ in 0..3 {
