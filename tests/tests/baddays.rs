@@ -96,28 +96,41 @@ fn a_damaged_file_is_named_and_nothing_of_it_is_served() -> Result<()> {
     })?;
     cluster.stop("h1")?;
     let snapshot = cluster.host_sh("h1", files)?.trim().to_owned();
-    for file in [
-        snapshot.as_str(),
-        "/var/lib/swarm/raft/member",
-        "/var/lib/swarm/raft/log.mark",
+    let flipped = |bytes: &[u8]| -> Vec<u8> {
+        let middle = bytes.len() / 2..bytes.len() / 2 + 8;
+        let flip = |(at, byte): (usize, &u8)| byte ^ if middle.contains(&at) { 0x55 } else { 0 };
+        bytes.iter().enumerate().map(flip).collect()
+    };
+    let cut = |bytes: &[u8]| bytes[..bytes.len() / 2].to_vec();
+    let emptied = |_: &[u8]| Vec::new();
+    for (file, damages) in [
+        (
+            snapshot.as_str(),
+            &[&flipped as &dyn Fn(&[u8]) -> Vec<u8>][..],
+        ),
+        ("/var/lib/swarm/raft/member", &[&flipped]),
+        ("/var/lib/swarm/raft/log.mark", &[&flipped]),
+        (
+            "/var/lib/swarm/certificates/swarm-node.pem",
+            &[&flipped, &cut, &emptied],
+        ),
+        ("/var/lib/swarm/node.json", &[&flipped, &cut, &emptied]),
     ] {
         let path = host_dir("h1").join("lib").join(
             file.strip_prefix("/var/lib/swarm/")
                 .context("a file of swarmd")?,
         );
         let whole = std::fs::read(&path).with_context(|| format!("reading {file}"))?;
-        let mut damaged = whole.clone();
-        for byte in damaged.iter_mut().skip(whole.len() / 2).take(8) {
-            *byte ^= 0x55;
+        for damage in damages {
+            std::fs::write(&path, damage(&whole))?;
+            let error = cluster
+                .start("h1")
+                .err()
+                .with_context(|| format!("swarmd started with a damaged {file}"))?;
+            let last = format!("{error:#}");
+            let last = last.lines().last().unwrap_or_default();
+            ensure!(last.contains(file), "{file} is not named: {last}");
         }
-        std::fs::write(&path, damaged)?;
-        let error = cluster
-            .start("h1")
-            .err()
-            .with_context(|| format!("swarmd started with a damaged {file}"))?;
-        let last = format!("{error:#}");
-        let last = last.lines().last().unwrap_or_default();
-        ensure!(last.contains(file), "{file} is not named: {last}");
         std::fs::write(&path, whole)?;
     }
     // None of the refusals has changed anything.
@@ -348,6 +361,37 @@ fn exec_on_a_terminal_is_a_terminal() -> Result<()> {
         let left = cluster.sh("h1", "box.1", "ps | grep -c '[s]leep 31415' || true")?;
         Ok((left.trim() == "0").then_some(()))
     })
+}
+
+#[test]
+fn an_exec_ends_with_the_process_that_looks_after_it() -> Result<()> {
+    let cluster = Cluster::up(1, 1)?;
+    let before = cluster.service("h1", "box", 1, &[&busybox(), "sleep", "1000000"])?;
+    let argv = ["-c", "swarm exec box.1 sh -c 'echo here; exec sleep 31415'"];
+    let mut exec = cluster
+        .command("h1", "sh")?
+        .args(argv)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    let mut here = [0; 5];
+    let stdout = exec.stdout.as_mut().context("a pipe")?;
+    stdout.read_exact(&mut here)?;
+    let shim = format!("kill -9 $(pgrep -f '[e]xec-shim.*{}')", before[0].id);
+    cluster.host_sh("h1", &shim)?;
+    let ended = exec.wait_with_output()?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    ensure!(ended.status.code() == Some(255), "{}: {said}", ended.status);
+    ensure!(
+        said == "exec ended: the process that looks after it is gone\n",
+        "{said}"
+    );
+    wait_until(PATIENCE, "the process inside has ended", || {
+        let left = cluster.sh("h1", "box.1", "ps | grep -c '[s]leep 31415' || true")?;
+        Ok((left.trim() == "0").then_some(()))
+    })?;
+    ensure!(cluster.wait_running("h1", "box", 1)? == before);
+    Ok(())
 }
 
 #[test]
