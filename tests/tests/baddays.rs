@@ -395,7 +395,7 @@ fn an_exec_ends_with_the_process_that_looks_after_it() -> Result<()> {
 }
 
 #[test]
-fn another_container_engine_does_the_same() -> Result<()> {
+fn other_container_engines_do_the_same() -> Result<()> {
     let mut cluster = Cluster::up(2, 1)?;
     let config = host_dir("h2").join("etc/swarmd.toml");
     let plain = std::fs::read_to_string(&config)?;
@@ -410,12 +410,18 @@ fn another_container_engine_does_the_same() -> Result<()> {
         format!("{error:#}").contains("oci-runtime: /nowhere/crun: No such file or directory"),
         "{error:#}"
     );
-    std::fs::write(
-        &config,
-        format!("oci-runtime = \"/usr/sbin/runc\"\n{plain}"),
-    )?;
-    cluster.start("h2")?;
     cluster.swarm("h1", &["network", "create", "--driver", "overlay", "net"])?;
+    for engine in ["/usr/sbin/runc", "/usr/bin/crun"] {
+        std::fs::write(&config, format!("oci-runtime = \"{engine}\"\n{plain}"))?;
+        cluster.start("h2")?;
+        with_engine(&mut cluster, engine).with_context(|| format!("with {engine}"))?;
+        cluster.stop("h2")?;
+    }
+    Ok(())
+}
+
+/// A container on h2, whose engine this is, from its start to its end.
+fn with_engine(cluster: &mut Cluster, engine: &str) -> Result<()> {
     let before = cluster.service(
         "h1",
         "box",
@@ -435,9 +441,15 @@ fn another_container_engine_does_the_same() -> Result<()> {
             "echo started; exec sleep 1000000",
         ],
     )?;
-    // It is runc's container.
-    let known = cluster.host_sh("h2", "runc --root /run/swarm/runtime/engine list -q")?;
-    ensure!(known.trim() == before[0].id, "runc knows of {known}");
+    // It is this engine's container.
+    let list = format!("{engine} --root /run/swarm/runtime/engine list -q");
+    // crun wants no unified cgroups beside others, and is not in a namespace of ours here.
+    let list = format!("unshare -m sh -c 'umount /sys/fs/cgroup/unified 2>/dev/null; {list}'");
+    let known = cluster.host_sh("h2", &list)?;
+    ensure!(known.trim() == before[0].id, "it knows of {known}");
+    let limit =
+        "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null";
+    ensure!(cluster.sh("h2", "box.1", &format!("{limit}; true"))?.trim() == "67108864");
     ensure!(
         cluster.sh(
             "h2",
@@ -457,7 +469,7 @@ fn another_container_engine_does_the_same() -> Result<()> {
     wait_until(PATIENCE, "every trace of the container is gone", || {
         let left = cluster.host_sh(
             "h2",
-            "runc --root /run/swarm/runtime/engine list -q; ls /run/swarm/netns; ls /var/lib/swarm/runtime/containers",
+            &format!("{list}; ls /run/swarm/netns /run/swarm/runtime/engine /var/lib/swarm/runtime/containers | grep -v -e : -e '^$' || true; find /sys/fs/cgroup -name {}", before[0].id),
         )?;
         Ok(left.trim().is_empty().then_some(()))
     })

@@ -191,6 +191,21 @@ fn engine_command(program: &Path, config: &ShimConfig) -> Command {
     command
 }
 
+/// Hides the unified cgroup hierarchy from an engine, on a host that has it beside the old ones: crun refuses
+/// to work there ("cgroups in hybrid mode not supported"), and containers are in the old ones then. For the
+/// mount namespace of a shim.
+pub(super) fn hide_hybrid_cgroups() -> Result<(), String> {
+    use nix::mount::{MntFlags, umount2};
+    use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+    let unified = "/sys/fs/cgroup/unified";
+    let is_unified =
+        |path: &str| statfs(path).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    if is_unified("/sys/fs/cgroup") || !is_unified(unified) {
+        return Ok(());
+    }
+    umount2(unified, MntFlags::MNT_DETACH).map_err(|err| format!("hide {unified}: {err}"))
+}
+
 fn engine_log(config: &ShimConfig) -> PathBuf {
     config
         .run_dir

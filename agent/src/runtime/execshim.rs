@@ -145,6 +145,9 @@ impl Session {
             }
         };
         let config = shim::load(dir)?;
+        if config.engine.is_some() {
+            engine::hide_hybrid_cgroups()?;
+        }
         let spec_path = dir.join("config.json");
         let text = fs::read(&spec_path).map_err(step("read config.json"))?;
         let raw: Value = serde_json::from_slice(&text).map_err(|err| err.to_string())?;

@@ -310,6 +310,9 @@ impl<'a> Shim<'a> {
         let signals = become_reaper()?;
         let own = Process::find(nix::unistd::getpid().as_raw()).ok_or("no /proc")?;
         write_json(&config.run_dir.join(names::SHIM), &own).map_err(step("write PID"))?;
+        if config.engine.is_some() {
+            engine::hide_hybrid_cgroups()?;
+        }
         mount_root(config, dir).map_err(step("mount overlay"))?;
         let limits = LogLimits {
             max_bytes: config.log_max_bytes,
