@@ -29,8 +29,9 @@ pub const ACTIONS_MAX: usize = 2000;
 const IN_FLIGHT: usize = 8;
 /// A loop that panicked starts again after this long.
 const RESPAWN_AFTER: Duration = Duration::from_secs(1);
-/// Wait before the state is read again after a write with unknown success.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Wait before the state is read again after a write with unknown success, and before what was
+/// refused is decided again if nothing changes.
+pub(crate) const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// No sleep is longer, so that a clock that jumps is noticed.
 const CLOCK_CHECK: Duration = Duration::from_secs(60);
@@ -695,19 +696,20 @@ mod tests {
         assert_eq!(ids, ["a", "ab", "c", "cb"]);
     }
 
-    /// A raft group in which another term has begun.
-    struct Deposed(Arc<LocalConsensus>);
+    /// A raft group in which something happens before each proposal, or instead of it.
+    struct Meddled<F>(Arc<LocalConsensus>, F);
 
     #[async_trait::async_trait]
-    impl Consensus for Deposed {
+    impl<F> Consensus for Meddled<F>
+    where
+        F: Fn(&LocalConsensus) -> Result<(), Rejection> + Send + Sync + 'static,
+    {
         fn store(&self) -> &Arc<swarm_store::Store> {
             self.0.store()
         }
-        async fn propose(&self, _: Transaction) -> Result<u64, ProposeError> {
-            Err(ProposeError::Rejected(Rejection {
-                code: rejection::Code::StaleTerm.into(),
-                ..Rejection::default()
-            }))
+        async fn propose(&self, transaction: Transaction) -> Result<u64, ProposeError> {
+            self.1(&self.0).map_err(ProposeError::Rejected)?;
+            self.0.propose(transaction).await
         }
         async fn read(&self) -> Result<Arc<State>, ReadError> {
             self.0.read().await
@@ -735,7 +737,13 @@ mod tests {
         consensus
             .write([testing::create(testing::service("s", "web", &[]))])
             .unwrap();
-        let context = context(Arc::new(Deposed(consensus.clone())));
+        let deposed = |_: &LocalConsensus| {
+            Err(Rejection {
+                code: rejection::Code::StaleTerm.into(),
+                ..Rejection::default()
+            })
+        };
+        let context = context(Arc::new(Meddled(consensus.clone(), deposed)));
         let index = consensus.store().state().index();
         let cancel = context.cancel.clone();
         let running = tokio::spawn(crate::orchestrator::run::run(context));
@@ -743,6 +751,48 @@ mod tests {
         cancel.cancel();
         running.await.unwrap();
         assert_eq!(consensus.store().state().index(), index);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_decision_that_mere_progress_has_overtaken_is_made_again() {
+        let consensus = cluster_of(1);
+        let mut service = testing::service("s", "web", &[]);
+        service.spec.as_mut().unwrap().mode = crate::world::replicated(1);
+        consensus.write([testing::create(service)]).unwrap();
+        let state = consensus.store().state();
+        let service = state.service("s").unwrap();
+        // A successor that is to run, because the one before has ended.
+        let mut task = testing::task("t", "s", &[]);
+        task.slot = 1;
+        task.node_id = "n0".into();
+        task.spec = service.spec.as_ref().unwrap().task.clone();
+        task.spec_version = service.spec_version;
+        task.desired_state = TaskState::Ready.into();
+        consensus.write([testing::create(task)]).unwrap();
+        consensus
+            .write([testing::report("t", TaskState::Assigned, 1)])
+            .unwrap();
+
+        let progress = AtomicUsize::new(0);
+        let overtaken = move |consensus: &LocalConsensus| {
+            if progress.fetch_add(1, Ordering::SeqCst) == 0 {
+                let report = testing::report("t", TaskState::Preparing, 2);
+                consensus.write([report]).unwrap();
+            }
+            Ok(())
+        };
+        let context = context(Arc::new(Meddled(consensus.clone(), overtaken)));
+        let cancel = context.cancel.clone();
+        let running = tokio::spawn(crate::orchestrator::run::run(context));
+        let released = until(&consensus, |state| {
+            let task = state.task("t").unwrap();
+            task.desired_state() == TaskState::Running
+        });
+        tokio::time::timeout(Duration::from_secs(60), released)
+            .await
+            .expect("the successor is released");
+        cancel.cancel();
+        running.await.unwrap();
     }
 
     proptest! {

@@ -4,19 +4,23 @@
 //! newest state. A new leader, or a loop that was too slow, looks at all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use swarm_proto::task_state::is_terminal;
+use swarm_proto::v1::object::Object as Kind;
+use swarm_proto::v1::store_action::Action;
 use swarm_proto::v1::{
-    Node, NodeAvailability, Service, Task, TaskState, UpdateState, service_mode,
+    Node, NodeAvailability, Service, StoreAction, Task, TaskState, UpdateState, service_mode,
 };
 use swarm_proto::{ServiceId, TaskId};
 use swarm_store::store::Change;
 use swarm_store::{Event, State};
+use tokio::time::Instant;
 
 use super::decide;
 use super::view::{availability, is_good, is_lost, state_of};
-use crate::leader::{Fed, Feed, Group, LoopContext, weight};
+use crate::leader::{Fed, Feed, Group, LoopContext, RETRY_AFTER, weight};
 
 /// Once a pass has decided so many changes, it proposes them before it goes on.
 const CHANGES_MAX: usize = 10_000;
@@ -29,7 +33,7 @@ pub(crate) async fn run(context: LoopContext) {
     let mut agenda = Agenda::default();
     agenda.add_all(feed.state());
     loop {
-        if let Some(groups) = agenda.work(&context) {
+        if let Some((seen, groups)) = agenda.work(&context) {
             let proposed = tokio::select! {
                 () = context.cancel.cancelled() => return,
                 proposed = context.propose_groups(groups) => proposed,
@@ -41,7 +45,10 @@ pub(crate) async fn run(context: LoopContext) {
                 feed = Feed::new(&context);
                 agenda.add_all(feed.state());
             }
-            // What was refused has changed meanwhile: the change is on its way here.
+            // Somebody was faster. What they have changed may be too little to wake anybody.
+            for action in proposed.refused.iter().flatten() {
+                agenda.look_again(&seen, action);
+            }
             tokio::task::yield_now().await;
         }
         let fed = tokio::select! {
@@ -50,7 +57,12 @@ pub(crate) async fn run(context: LoopContext) {
             fed = feed.next(&context) => fed,
             () = std::future::ready(()), if !agenda.dirty.is_empty() => continue,
             () = context.sleep_until(agenda.next_timer()) => continue,
+            () = sleep_until(agenda.again_at) => {
+                agenda.add_refused();
+                continue;
+            }
         };
+        agenda.add_refused();
         match fed {
             Fed::Changes(changes) => changes.iter().for_each(|change| agenda.observe(change)),
             Fed::All => agenda.add_all(feed.state()),
@@ -59,17 +71,29 @@ pub(crate) async fn run(context: LoopContext) {
     }
 }
 
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Which services to look at, now and later.
 #[derive(Debug, Default)]
 struct Agenda {
     dirty: BTreeSet<ServiceId>,
+    /// Services with a refused decision: looked at again when anything has changed, and at
+    /// `again_at` at the latest; not at once, for what is always refused must not spin.
+    refused: BTreeSet<ServiceId>,
+    again_at: Option<Instant>,
     timers: BTreeSet<(Duration, ServiceId)>,
     timer_of: BTreeMap<ServiceId, Duration>,
 }
 
 impl Agenda {
-    /// Decides for services that are due, until there is enough to propose.
-    fn work(&mut self, context: &LoopContext) -> Option<Vec<Group>> {
+    /// Decides for services that are due, until there is enough to propose. Also returns the
+    /// state that was looked at.
+    fn work(&mut self, context: &LoopContext) -> Option<(Arc<State>, Vec<Group>)> {
         let now = context.now();
         while let Some((at, _)) = self.timers.first()
             && *at <= now
@@ -95,7 +119,21 @@ impl Agenda {
             groups.extend(decision.groups);
             self.set_timer(service, decision.wake_at);
         }
-        Some(groups)
+        Some((state, groups))
+    }
+
+    /// The action was refused: its service is looked at again soon. `seen` is what it was decided from.
+    fn look_again(&mut self, seen: &State, action: &StoreAction) {
+        if let Some(service) = service_of(seen, action) {
+            self.refused.insert(service);
+            self.again_at
+                .get_or_insert_with(|| Instant::now() + RETRY_AFTER);
+        }
+    }
+
+    fn add_refused(&mut self) {
+        self.dirty.append(&mut self.refused);
+        self.again_at = None;
     }
 
     fn set_timer(&mut self, service: ServiceId, at: Option<Duration>) {
@@ -170,6 +208,23 @@ impl Agenda {
             }
         }
     }
+}
+
+/// The service that an action is about.
+fn service_of(state: &State, action: &StoreAction) -> Option<ServiceId> {
+    let task = |id: &str| Some(state.task(id)?.service_id.clone());
+    let id = match action.action.as_ref()? {
+        Action::Create(object) | Action::Update(object) => match object.object.as_ref()? {
+            Kind::Task(task) => task.service_id.clone(),
+            Kind::Service(service) => service.id.clone(),
+            _ => return None,
+        },
+        Action::CreateTasks(wanted) => wanted.template.as_ref()?.service_id.clone(),
+        Action::Remove(removed) => task(&removed.r#ref.as_ref()?.id)?,
+        Action::TaskStatus(report) => task(&report.task_id)?,
+        _ => return None,
+    };
+    Some(ServiceId::from(&id))
 }
 
 /// Whether what decides over a task has changed: most reports are of progress only.
