@@ -8,6 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use prost_types::Timestamp;
 
+/// Clocks of managers that are right differ by less. A stored time that is further ahead was
+/// written by a clock that was wrong, and is no reason to wait for it.
+pub const CLOCKS_DIFFER: Duration = Duration::from_secs(10);
+
 /// Where loops read the time since the Unix epoch.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
 

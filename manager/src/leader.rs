@@ -18,6 +18,7 @@ use swarm_proto::v1::{StoreAction, Transaction, rejection, store_action};
 use swarm_store::store::Change;
 use swarm_store::{Consensus, ProposeError, State, Watch, WatchError};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -32,9 +33,6 @@ const RESPAWN_AFTER: Duration = Duration::from_secs(1);
 /// Wait before the state is read again after a write with unknown success, and before what was
 /// refused is decided again if nothing changes.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_millis(100);
-
-/// No sleep is longer, so that a clock that jumps is noticed.
-const CLOCK_CHECK: Duration = Duration::from_secs(60);
 
 /// Actions that are committed together or not at all.
 pub type Group = Vec<StoreAction>;
@@ -217,14 +215,13 @@ impl LoopContext {
             }
         }
     }
+}
 
-    /// Returns at that time (since the epoch), or never if there is none. May return earlier:
-    /// it looks at the clock once a minute, because that can be set.
-    pub async fn sleep_until(&self, at: Option<Duration>) {
-        match at {
-            Some(at) => tokio::time::sleep(at.saturating_sub(self.now()).min(CLOCK_CHECK)).await,
-            None => std::future::pending().await,
-        }
+/// Returns at that time, or never if there is none.
+pub(crate) async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -472,7 +469,6 @@ mod tests {
     use swarm_store::testing::{self, LocalConsensus};
     use swarm_store::{Leadership, Member, MembershipError, ReadError};
     use tokio::sync::watch;
-    use tokio::time::Instant;
 
     use super::*;
     use crate::world::state_of;

@@ -28,7 +28,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use crate::clock::span;
-use crate::leader::{ACTIONS_MAX, Fed, Feed, LeaderLoop, LoopContext};
+use crate::leader::{ACTIONS_MAX, Fed, Feed, LeaderLoop, LoopContext, sleep_until};
 
 /// Makes a connection to the manager at host:port, without waiting for it.
 pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
@@ -459,16 +459,10 @@ impl Liveness {
                     return;
                 }
             }
-            let next = verdict.next.map(tokio::time::Instant::from_std);
-            let silence = async move {
-                match next {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let silence = verdict.next.map(tokio::time::Instant::from_std);
             tokio::select! {
                 () = context.cancel.cancelled() => return,
-                () = silence => {}
+                () = sleep_until(silence) => {}
                 () = self.shared.news.notified() => {}
                 // A node was made or removed, or its stored state is not what was judged.
                 () = nodes_change(&mut feed, context) => {}

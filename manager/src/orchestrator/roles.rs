@@ -10,9 +10,10 @@ use std::time::Duration;
 use swarm_proto::NodeId;
 use swarm_proto::v1::{Node, NodeRole, object};
 use swarm_store::{Event, Member, MembershipError, State};
+use tokio::time::Instant;
 
 use super::view::update;
-use crate::leader::{Fed, Feed, Group, LoopContext};
+use crate::leader::{Fed, Feed, Group, LoopContext, sleep_until};
 
 /// A membership change that failed is tried again after this long, or when a node changes.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
@@ -75,11 +76,11 @@ pub(crate) async fn run(context: LoopContext) {
             () = context.cancel.cancelled() => return,
             done = pass(&context, &mut reasons) => done,
         };
-        let retry_at = (!done).then(|| context.now() + RETRY_AFTER);
+        let retry_at = (!done).then(|| Instant::now() + RETRY_AFTER);
         loop {
             let fed = tokio::select! {
                 () = context.cancel.cancelled() => return,
-                () = context.sleep_until(retry_at) => break,
+                () = sleep_until(retry_at) => break,
                 fed = feed.next(&context) => fed,
             };
             match fed {

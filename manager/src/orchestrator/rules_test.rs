@@ -2,6 +2,7 @@
 //! trouble always ends with what the services ask for.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use swarm_proto::task_state::is_terminal;
@@ -108,6 +109,31 @@ fn a_failed_task_is_replaced_after_the_delay_and_prepared_meanwhile() {
     assert!(world.running("s").is_empty());
     world.settle_for(1);
     assert_eq!(world.running("s")[0].id, next.id);
+}
+
+#[test]
+fn nothing_waits_for_a_time_that_a_wrong_clock_has_written() {
+    let mut world = World::new(2);
+    world.service("s", 2, |service| {
+        service.spec.as_mut().unwrap().update = Some(UpdateConfig {
+            parallelism: 1,
+            ..UpdateConfig::default()
+        });
+    });
+    world.settle();
+    world.pass_time(3600);
+    let failed = world.running("s").remove(0);
+    world.report(&failed.id, TaskState::Failed);
+    world.settle();
+    world.set_image("s", "v2");
+    world.settle();
+    assert_eq!(live(&world, "s").len(), 2);
+    // The clock was an hour ahead, and is set right.
+    world.now -= Duration::from_secs(3600);
+    world.settle_for(60);
+    let images: Vec<String> = world.running("s").iter().map(image).collect();
+    assert_eq!(images, ["v2", "v2"]);
+    assert_eq!(update_state(&world, "s").unwrap().0, UpdateState::Completed);
 }
 
 #[test]

@@ -20,10 +20,12 @@ use tokio::time::Instant;
 
 use super::decide;
 use super::view::{availability, is_good, is_lost, state_of};
-use crate::leader::{Fed, Feed, Group, LoopContext, RETRY_AFTER, weight};
+use crate::leader::{Fed, Feed, Group, LoopContext, RETRY_AFTER, sleep_until, weight};
 
 /// Once a pass has decided so many changes, it proposes them before it goes on.
 const CHANGES_MAX: usize = 10_000;
+/// No timer is set further ahead: the clock may be set.
+const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Services that are looked at before others of this thread get a turn.
 const SERVICES_MAX: usize = 256;
 
@@ -56,7 +58,7 @@ pub(crate) async fn run(context: LoopContext) {
             () = context.cancel.cancelled() => return,
             fed = feed.next(&context) => fed,
             () = std::future::ready(()), if !agenda.dirty.is_empty() => continue,
-            () = context.sleep_until(agenda.next_timer()) => continue,
+            () = sleep_until(agenda.next_timer()) => continue,
             () = sleep_until(agenda.again_at) => {
                 agenda.add_refused();
                 continue;
@@ -71,13 +73,6 @@ pub(crate) async fn run(context: LoopContext) {
     }
 }
 
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Which services to look at, now and later.
 #[derive(Debug, Default)]
 struct Agenda {
@@ -86,17 +81,18 @@ struct Agenda {
     /// `again_at` at the latest; not at once, for what is always refused must not spin.
     refused: BTreeSet<ServiceId>,
     again_at: Option<Instant>,
-    timers: BTreeSet<(Duration, ServiceId)>,
-    timer_of: BTreeMap<ServiceId, Duration>,
+    /// By the time that passes, whatever becomes of the clock; who is due reads the clock again.
+    timers: BTreeSet<(Instant, ServiceId)>,
+    timer_of: BTreeMap<ServiceId, Instant>,
 }
 
 impl Agenda {
     /// Decides for services that are due, until there is enough to propose. Also returns the
     /// state that was looked at.
     fn work(&mut self, context: &LoopContext) -> Option<(Arc<State>, Vec<Group>)> {
-        let now = context.now();
+        let (now, instant) = (context.now(), Instant::now());
         while let Some((at, _)) = self.timers.first()
-            && *at <= now
+            && *at <= instant
         {
             if let Some((_, service)) = self.timers.pop_first() {
                 self.timer_of.remove(&service);
@@ -117,7 +113,9 @@ impl Agenda {
             let decision = decide(&state, &service, now, &mut TaskId::random);
             changes += decision.groups.iter().flatten().map(weight).sum::<usize>();
             groups.extend(decision.groups);
-            self.set_timer(service, decision.wake_at);
+            let wake_at = decision.wake_at;
+            let wake_at = wake_at.map(|at| instant + at.saturating_sub(now).min(WAIT_MAX));
+            self.set_timer(service, wake_at);
         }
         Some((state, groups))
     }
@@ -136,7 +134,7 @@ impl Agenda {
         self.again_at = None;
     }
 
-    fn set_timer(&mut self, service: ServiceId, at: Option<Duration>) {
+    fn set_timer(&mut self, service: ServiceId, at: Option<Instant>) {
         if let Some(old) = self.timer_of.remove(&service) {
             self.timers.remove(&(old, service.clone()));
         }
@@ -146,7 +144,7 @@ impl Agenda {
         }
     }
 
-    fn next_timer(&self) -> Option<Duration> {
+    fn next_timer(&self) -> Option<Instant> {
         self.timers.first().map(|(at, _)| *at)
     }
 

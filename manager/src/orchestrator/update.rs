@@ -15,7 +15,7 @@ use swarm_proto::v1::{
 use super::restart;
 use super::slot::{Pass, Slot};
 use super::view::{created_at, ended_by_itself, is_good, ran_for, state_of, update};
-use crate::clock::{since_epoch, span, timestamp};
+use crate::clock::{CLOCKS_DIFFER, since_epoch, span, timestamp};
 
 /// How long a new task is watched before it counts as good.
 const MONITOR: Duration = Duration::from_secs(5);
@@ -128,7 +128,7 @@ pub(crate) fn decide<'a>(pass: &mut Pass<'a>, slots: &[Slot<'a>]) {
                 .iter()
                 .filter(|slot| is_on_its_way(slot) && !has_failed(slot))
                 .count();
-            let newest = newest_start(slots, started);
+            let newest = newest_start(slots, started, pass.now);
             if done {
                 let watched = newest.map_or(Duration::ZERO, |at| at + monitor);
                 if on_their_way > 0 {
@@ -214,13 +214,13 @@ fn both(slot: &Slot<'_>) -> bool {
     slot.clean.is_some() && slot.dirty.is_some()
 }
 
-/// When the last of the update's tasks began to run.
-fn newest_start(slots: &[Slot<'_>], started: Duration) -> Option<Duration> {
+/// When the last of the update's tasks began to run, as far as clocks can be believed.
+fn newest_start(slots: &[Slot<'_>], started: Duration, now: Duration) -> Option<Duration> {
     slots
         .iter()
         .filter_map(|slot| slot.clean?.running_since.as_ref())
         .map(since_epoch)
-        .filter(|&at| at >= started)
+        .filter(|&at| at >= started && at <= now + CLOCKS_DIFFER)
         .max()
 }
 
