@@ -98,6 +98,7 @@ pub struct Agent {
     runtime: Arc<dyn Runtime>,
     dataplane: Arc<dyn Dataplane>,
     board: Arc<Board>,
+    broken: watch::Receiver<Option<LocalError>>,
     session: watch::Receiver<SessionState>,
     requests: mpsc::Sender<Request>,
     /// Ends the session first, so that nobody is told of a half-stopped node.
@@ -169,6 +170,7 @@ impl Agent {
             info: stored.session.clone(),
             ..Default::default()
         });
+        let broken = local.broken();
         let deps = Arc::new(Deps {
             node: config.node_id.clone(),
             runtime: config.runtime.clone(),
@@ -214,6 +216,7 @@ impl Agent {
             runtime: config.runtime,
             dataplane: config.dataplane,
             board,
+            broken,
             session,
             requests,
             session_cancel,
@@ -233,6 +236,13 @@ impl Agent {
     #[must_use]
     pub fn session(&self) -> watch::Receiver<SessionState> {
         self.session.clone()
+    }
+
+    /// The failure of the local store after which the agent takes nothing in, once there is one:
+    /// the process has to end. Tasks that run go on.
+    #[must_use]
+    pub fn broken(&self) -> watch::Receiver<Option<LocalError>> {
+        self.broken.clone()
     }
 
     /// All tasks of this node.

@@ -5,7 +5,8 @@
 //! everything pending at once and syncs it. A value is cut at
 //! 6 KiB over several keys: a page that outgrows 128 KiB would become a blob
 //! that is never synced. After a failed write nothing more is written, because
-//! what the disk holds is no longer known; running tasks are left alone.
+//! what the disk holds is no longer known: the process has to end, and another
+//! goes on from what it finds. Running tasks are left alone.
 //!
 //! A damaged database can show older versions of some of its pages, or of all: a
 //! task that was started would be started again. So every commit also writes a sum
@@ -23,7 +24,7 @@ use sha2::{Digest as _, Sha256};
 use swarm_disk::{Changes, Database, DatabaseError, Disk, File, Threads, Tree, Worker};
 use swarm_proto::v1::{EndpointEntry, Network, ServiceEntry, SessionInfo, Task, TaskStatus};
 use swarm_proto::{NetworkId, ServiceId, TaskId};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::network::NetworkView;
 use crate::worker::Held;
@@ -112,6 +113,7 @@ pub struct LocalState {
 #[derive(Clone, Debug)]
 pub struct LocalStore {
     writer: Arc<Writer>,
+    broken: watch::Receiver<Option<LocalError>>,
 }
 
 #[derive(Debug)]
@@ -276,6 +278,7 @@ impl LocalStore {
         let (state, sum) = read_all(records, &path)?;
         let mark = open_mark(disk, &dir, sum.commits).await?;
         let (queue, commits) = mpsc::channel(PENDING_MAX);
+        let (breaks, broken) = watch::channel(None);
         let written = Written {
             db,
             tree,
@@ -283,15 +286,21 @@ impl LocalStore {
             sum,
         };
         let worker = threads
-            .start("agent-store", write_loop(written, path, commits))
+            .start("agent-store", write_loop(written, path, commits, breaks))
             .map_err(|error| failed("start writer of", &dir, error.into()))?;
         let store = Self {
             writer: Arc::new(Writer {
                 queue: Some(queue),
                 worker: Some(worker),
             }),
+            broken,
         };
         Ok((store, state))
+    }
+
+    /// The write that has failed, once one has: nothing is written any more.
+    pub fn broken(&self) -> watch::Receiver<Option<LocalError>> {
+        self.broken.clone()
     }
 
     /// Returns when the batch is on disk.
@@ -488,25 +497,31 @@ struct Written {
     sum: Sum,
 }
 
-async fn write_loop(mut to: Written, path: PathBuf, mut commits: mpsc::Receiver<Commit>) {
-    let mut broken: Option<LocalError> = None;
+async fn write_loop(
+    mut to: Written,
+    path: PathBuf,
+    mut commits: mpsc::Receiver<Commit>,
+    broken: watch::Sender<Option<LocalError>>,
+) {
     while let Some(first) = commits.recv().await {
         let mut group = vec![first];
         while let Ok(next) = commits.try_recv() {
             group.push(next);
         }
-        let result = match &broken {
-            Some(error) => Err(error.clone()),
+        let before = broken.borrow().clone();
+        let result = match before {
+            Some(error) => Err(error),
             None => {
                 let written = to.write_group(&group).await;
                 written.map_err(|error| failed("write to", &path, error))
             }
         };
-        if let Err(error) = &result
-            && broken.is_none()
-        {
-            tracing::error!(%error, "nothing more is written until the agent is started again");
-            broken = Some(error.clone());
+        if let Err(error) = &result {
+            broken.send_if_modified(|known| {
+                let first = known.is_none();
+                known.get_or_insert_with(|| error.clone());
+                first
+            });
         }
         for commit in group {
             // Whoever does not wait for the disk has dropped the other end.
@@ -844,6 +859,40 @@ mod tests {
         assert!(matches!(error, LocalError::Corrupt { .. }), "{error}");
         assert!(error.to_string().contains("agent/db"), "{error}");
         assert!(error.to_string().contains("t/a"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_write_that_fails_is_the_last_and_is_told() {
+        #[derive(Default)]
+        struct Full(std::sync::atomic::AtomicBool);
+        #[async_trait::async_trait]
+        impl swarm_disk::memory::Weather for Full {
+            async fn sync(&self, _: &Path) -> std::io::Result<()> {
+                Ok(())
+            }
+            fn write(&self, _: &Path) -> std::io::Result<()> {
+                match self.0.load(std::sync::atomic::Ordering::Relaxed) {
+                    true => Err(std::io::ErrorKind::StorageFull.into()),
+                    false => Ok(()),
+                }
+            }
+        }
+        let full = Arc::new(Full::default());
+        let disk = MemoryDisk::new(full.clone());
+        let (store, _) = LocalStore::open(&disk, Threads::Callers, Path::new("d"))
+            .await
+            .unwrap();
+        let first = held(1, &[task("a", 1)], 0);
+        write(&store, &Held::default(), &first).await;
+        assert!(store.broken().borrow().is_none());
+        let mut batch = WriteBatch::default();
+        batch.assignments(&first, &held(2, &[task("b", 1)], 0));
+        full.0.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(store.commit(batch.clone()).await.is_err());
+        assert!(store.broken().borrow().is_some());
+        // Also when there is space again: what is on the disk is not known.
+        full.0.store(false, std::sync::atomic::Ordering::Relaxed);
+        assert!(store.commit(batch).await.is_err());
     }
 
     #[tokio::test]

@@ -1,8 +1,9 @@
 //! What runs while this node is part of a swarm: the agent, the renewal of its
 //! certificate, and the manager while its certificate says so.
 //!
-//! Starts three loops: what the session says is told to whoever renews; the
-//! certificate is renewed; the manager follows the certificate's role.
+//! Starts four loops: what the session says is told to whoever renews; the
+//! certificate is renewed; the manager follows the certificate's role; a failure
+//! of the agent's store ends the process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,13 +11,14 @@ use std::time::Duration;
 use anyhow::Result;
 use swarm_agent::agent::{Agent, AgentConfig};
 use swarm_agent::description::{DescriptionConfig, HostDescription};
+use swarm_agent::local::LocalError;
 use swarm_agent::network::Dataplane;
 use swarm_agent::runtime::Runtime;
 use swarm_agent::session::SessionState;
 use swarm_disk::{Disk, Threads};
 use swarm_identity::{Identity, KeyStore, keep_renewed};
 use swarm_proto::v1::NodeRole;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -119,6 +121,11 @@ impl Member {
         };
         let cancel = CancellationToken::new();
         let mut loops = JoinSet::new();
+        loops.spawn(watch_store(
+            agent.broken(),
+            context.fatal.clone(),
+            cancel.clone(),
+        ));
         let (role_sender, role) = watch::channel(identity.role());
         let (managers_sender, managers) = watch::channel(remotes);
         loops.spawn(tell_session(
@@ -226,6 +233,22 @@ async fn start_agent(parts: AgentParts) -> Result<(Agent, HostDescription)> {
         Err(error) => {
             description.stop().await;
             Err(error.into())
+        }
+    }
+}
+
+/// Tells `main` when the agent's store fails: nothing is taken in any more, while tasks go on.
+async fn watch_store(
+    mut broken: watch::Receiver<Option<LocalError>>,
+    fatal: mpsc::Sender<String>,
+    cancel: CancellationToken,
+) {
+    tokio::select! {
+        () = cancel.cancelled() => {}
+        failure = broken.wait_for(Option::is_some) => {
+            if let Ok(Some(failure)) = failure.as_deref() {
+                let _ = fatal.try_send(failure.to_string());
+            }
         }
     }
 }
