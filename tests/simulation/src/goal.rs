@@ -8,7 +8,9 @@ use std::sync::Arc;
 use swarm_agent::runtime::ContainerState;
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::service_mode::Mode;
-use swarm_proto::v1::{NodeAvailability, NodeState, Service, Task, TaskState};
+use swarm_proto::v1::{
+    NodeAvailability, NodeState, Placement, Service, ServiceSpec, Task, TaskSpec, TaskState,
+};
 use swarm_store::State;
 
 use crate::machine::{self, Machine};
@@ -71,7 +73,7 @@ fn service_missing(state: &State, service: &Service, nodes: usize) -> Option<Str
                     .and_then(|status| status.reason.clone()),
             ));
         }
-        if task.spec != spec.task && task.spec_version != service.spec_version {
+        if task.spec_version != service.spec_version && of_older_spec(task, spec) {
             return Some(format!("task {} of {name} is of an older spec", task.id));
         }
         places.insert((
@@ -90,6 +92,20 @@ fn service_missing(state: &State, service: &Service, nodes: usize) -> Option<Str
         ));
     }
     None
+}
+
+/// What a container that runs can follow replaces no task (ARCHITECTURE.md, "How managers decide").
+fn of_older_spec(task: &Task, spec: &ServiceSpec) -> bool {
+    let seen = |spec: Option<&TaskSpec>| {
+        let mut spec = spec.cloned().unwrap_or_default();
+        spec.restart = None;
+        if let Some(placement) = &mut spec.placement {
+            placement.constraints.clear();
+        }
+        spec.placement = spec.placement.filter(|rest| *rest != Placement::default());
+        spec
+    };
+    seen(task.spec.as_ref()) != seen(spec.task.as_ref())
 }
 
 fn node_missing(state: &State, machine: &Machine) -> Option<String> {
