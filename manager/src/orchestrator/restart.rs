@@ -9,7 +9,7 @@ use std::time::Duration;
 use swarm_proto::defaults::{RESTART_BACKOFF_MAX, RESTART_DELAY};
 use swarm_proto::v1::{RestartCondition, RestartPolicy, Service, Task, TaskState};
 
-use super::view::{created_at, ended_by_itself, ran_for, state_of};
+use super::view::{created_at, ended_by_itself, ran_for, state_of, updated_at};
 use crate::clock::span;
 
 /// A task that ran for this long (or for the policy's window) has proved itself:
@@ -112,12 +112,12 @@ fn delay(policy: &RestartPolicy, in_a_row: u32) -> Duration {
     base.saturating_mul(factor)
 }
 
-/// Restarts within the window that ends with the newest task.
+/// Restarts within the window that ends when the newest task has ended.
 fn attempts(last: &Task, slot: &[&Arc<Task>], window: Duration) -> u64 {
     if window.is_zero() {
         return u64::from(last.restarts);
     }
-    let until = created_at(last);
+    let until = created_at(last).max(updated_at(last));
     let within = |task: &&&Arc<Task>| {
         let at = created_at(task);
         task.not_before.is_some()
@@ -281,6 +281,14 @@ mod tests {
         let sparse = [&tasks[0], &tasks[2]];
         assert!(matches!(
             next(&policy, &tasks[2], &sparse, true),
+            Next::After { .. }
+        ));
+        // One that has run for longer than the window has forgotten the attempts before it.
+        let mut last = Arc::clone(&tasks[2]);
+        Arc::make_mut(&mut last).meta.as_mut().unwrap().updated_at = Some(timestamp(seconds(300)));
+        let slot = [&tasks[0], &tasks[1], &last];
+        assert!(matches!(
+            next(&policy, &last, &slot, true),
             Next::After { .. }
         ));
     }
