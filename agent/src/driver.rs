@@ -26,7 +26,7 @@ use crate::network::{Dataplane, NetworkError, Sandbox};
 use crate::programmer::Programmed;
 use crate::reporter::Reporter;
 use crate::runtime::{ExecConfig, ExecOutput, Runtime, RuntimeError};
-use crate::task::{Action, Event, Failure, Machine, Prepare};
+use crate::task::{Action, Event, Failure, Machine, Prepare, Wish};
 use crate::worker::networks_of;
 
 /// Attempts at a step that may succeed when tried again.
@@ -37,6 +37,9 @@ const RETRY: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Beyond the grace period, for the kernel to end a killed process.
 const KILL_MAX: Duration = Duration::from_secs(30);
+/// How long the managers may take to say that nobody sends a task anything new any more: longer than
+/// their leader waits for nodes, so that this ends a wait only when there is no leader.
+const WITHDRAWAL_MAX: Duration = Duration::from_secs(3);
 /// Steps that touch the kernel get this long when the agent stops.
 const FINISH_MAX: Duration = Duration::from_secs(5);
 /// Between two checks of a container that has not been healthy yet.
@@ -190,10 +193,8 @@ pub(crate) async fn drive(
 impl Driver {
     fn take_wish(&mut self) {
         let wanted = self.wanted.borrow_and_update().clone();
-        let actions = self.machine.on(Event::Wanted {
-            desired: wanted.task.desired_state,
-            removed: wanted.removed,
-        });
+        let wish = Wish::of(&wanted.task, wanted.removed);
+        let actions = self.machine.on(Event::Wanted(wish));
         self.perform_all(actions);
         self.show();
     }
@@ -345,6 +346,15 @@ impl Driver {
                     tokio::select! {
                         () = running.cancelled() => Done::Nothing,
                         event = health(&deps, &task, passed) => Done::Event(event),
+                    }
+                });
+            }
+            Action::AwaitWithdrawal => {
+                let stop = self.stop.clone();
+                self.step("withdrawal", async move {
+                    tokio::select! {
+                        () = stop.cancelled() => Done::Nothing,
+                        () = tokio::time::sleep(WITHDRAWAL_MAX) => Done::Event(Event::WaitedEnough),
                     }
                 });
             }

@@ -24,7 +24,7 @@ use crate::local::{LocalState, TaskRecord, WriteBatch};
 use crate::programmer::Goal;
 use crate::runtime::Container;
 use crate::session::{ApplyError, SessionState};
-use crate::task::Machine;
+use crate::task::{Machine, Wish};
 use crate::worker::{AssignmentSet, Held, Plan, SetError, apply, networks_of};
 
 /// A task of an earlier life of the agent.
@@ -48,8 +48,7 @@ pub(crate) fn adopt(stored: &LocalState, containers: Vec<Container>) -> Vec<Adop
             removed: stored.removed,
             machine: Machine::new(
                 id.clone(),
-                stored.task.desired_state,
-                stored.removed,
+                Wish::of(&stored.task, stored.removed),
                 &stored.record,
                 containers.remove(id),
             ),
@@ -177,7 +176,7 @@ impl Worker {
             return;
         }
         let record = known_record(&task);
-        let machine = Machine::new(id.clone(), task.desired_state, false, &record, None);
+        let machine = Machine::new(id.clone(), Wish::of(&task, false), &record, None);
         self.spawn(id, task, false, machine);
     }
 
@@ -221,7 +220,7 @@ impl Worker {
             if let Err(error) = self.deps.local.commit(batch).await {
                 tracing::error!(task = %id, %error, "the task is not saved");
             }
-            let machine = Machine::new(id.clone(), task.desired_state, false, &record, None);
+            let machine = Machine::new(id.clone(), Wish::of(&task, false), &record, None);
             self.spawn(id.clone(), task, false, machine);
         }
         self.set_goal();
@@ -344,8 +343,8 @@ fn found_again(deps: &Deps, id: &TaskId, wanted: &Wanted, containers: Vec<Contai
             .as_ref()
             .is_some_and(|status| status.state >= TaskState::Starting as i32);
     let record = TaskRecord { status, started };
-    let desired = wanted.task.desired_state;
-    Machine::new(id.clone(), desired, wanted.removed, &record, container)
+    let wish = Wish::of(&wanted.task, wanted.removed);
+    Machine::new(id.clone(), wish, &record, container)
 }
 
 /// What the managers know of a task that this node has no record of: after the loss of the local

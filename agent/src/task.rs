@@ -8,12 +8,13 @@
 //! for the wish to run, then run. *Down*, once the task is to end for whatever
 //! reason: container stopped, sandbox removed, terminal status saved and
 //! reported, in this order, so that nobody is given an address that is still
-//! in use. An ended container is kept for its log until the task is no longer
+//! in use. A container that others may still reach over a network is stopped only when the managers
+//! say that they do not any more, or after a while. An ended container is kept for its log until the task is no longer
 //! assigned. What was started once is never started again.
 
 use swarm_proto::TaskId;
 use swarm_proto::task_state::is_terminal;
-use swarm_proto::v1::{ContainerStatus, PortConfig, Reason, TaskState, TaskStatus};
+use swarm_proto::v1::{ContainerStatus, PortConfig, Reason, Task, TaskState, TaskStatus};
 
 use crate::local::TaskRecord;
 use crate::runtime::{ContainerState, Exit};
@@ -27,16 +28,39 @@ pub struct Failure {
     pub text: String,
 }
 
+/// What the managers want of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// READY, RUNNING, SHUTDOWN or REMOVE.
+    pub desired: i32,
+    /// It is no longer assigned at all.
+    pub removed: bool,
+    /// Others reach it over a network.
+    pub networked: bool,
+    /// Nobody sends it anything new any more.
+    pub withdrawn: bool,
+}
+
+impl Wish {
+    /// As the task says.
+    #[must_use]
+    pub fn of(task: &Task, removed: bool) -> Self {
+        Self {
+            desired: task.desired_state,
+            removed,
+            networked: !task.networks.is_empty(),
+            withdrawn: task.withdrawn,
+        }
+    }
+}
+
 /// A fact, or a wish of the managers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// What the managers want.
-    Wanted {
-        /// READY, RUNNING, SHUTDOWN or REMOVE.
-        desired: i32,
-        /// It is no longer assigned at all.
-        removed: bool,
-    },
+    Wanted(Wish),
+    /// It was waited for that for long enough.
+    WaitedEnough,
     /// The image is on this node.
     ImageReady,
     /// The sandbox is there, with host ports as bound.
@@ -113,6 +137,8 @@ pub enum Action {
         /// It has passed before.
         passed: bool,
     },
+    /// Come back with [`Event::WaitedEnough`] when others have had long enough to take the task out of balancing.
+    AwaitWithdrawal,
     /// Stop it; `attempt` counts from 0.
     Stop {
         /// Earlier attempts that got stuck.
@@ -164,8 +190,7 @@ enum Cont {
 #[derive(Clone, Debug)]
 pub struct Machine {
     id: TaskId,
-    desired: i32,
-    removed: bool,
+    wish: Wish,
     status: TaskStatus,
     started: bool,
     image: Image,
@@ -182,6 +207,7 @@ pub struct Machine {
     start_saved: bool,
     watching: bool,
     checking: bool,
+    awaiting_withdrawal: bool,
     stop_attempts: u32,
     finishing: bool,
     forgetting: bool,
@@ -193,8 +219,7 @@ impl Machine {
     #[must_use]
     pub fn new(
         id: TaskId,
-        desired: i32,
-        removed: bool,
+        wish: Wish,
         record: &TaskRecord,
         container: Option<ContainerState>,
     ) -> Self {
@@ -206,8 +231,7 @@ impl Machine {
         let ended = terminal(&status);
         let mut machine = Self {
             id,
-            desired,
-            removed,
+            wish,
             started: record.started,
             image: Image::Absent,
             // Reconciling has removed the sandboxes of ended tasks.
@@ -226,6 +250,7 @@ impl Machine {
             start_saved: record.started,
             watching: false,
             checking: false,
+            awaiting_withdrawal: false,
             stop_attempts: 0,
             finishing: false,
             forgetting: false,
@@ -298,11 +323,15 @@ impl Machine {
     /// Takes an event in; returns the steps that follow.
     pub fn on(&mut self, event: Event) -> Vec<Action> {
         match event {
-            Event::Wanted { desired, removed } => {
+            Event::Wanted(wish) => {
                 // Wishes only rise, however an old manager may see it.
-                self.desired = self.desired.max(desired);
-                self.removed = removed;
+                self.wish = Wish {
+                    desired: self.wish.desired.max(wish.desired),
+                    withdrawn: self.wish.withdrawn || wish.withdrawn,
+                    ..wish
+                };
             }
+            Event::WaitedEnough => self.wish.withdrawn = true,
             Event::ImageReady => self.image = Image::Present,
             Event::SandboxReady(ports) => {
                 self.net = Net::Made;
@@ -389,7 +418,7 @@ impl Machine {
     /// The steps that follow from what is known now.
     pub fn steps(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
-        let unwanted = self.removed || self.desired >= TaskState::Shutdown as i32;
+        let unwanted = self.wish.removed || self.wish.desired >= TaskState::Shutdown as i32;
         if unwanted && self.ending.is_none() && !terminal(&self.status) {
             self.ending = Some(TaskStatus {
                 state: TaskState::Shutdown as i32,
@@ -432,7 +461,7 @@ impl Machine {
             }
             Cont::Created => {
                 self.report(TaskState::Ready, "ready to start", actions);
-                if self.desired >= TaskState::Running as i32 {
+                if self.wish.desired >= TaskState::Running as i32 {
                     self.start(actions);
                 }
             }
@@ -465,6 +494,13 @@ impl Machine {
         }
         match self.container {
             Cont::Making | Cont::Starting | Cont::Stopping | Cont::Removing => return,
+            Cont::Running if self.may_still_be_reached() => {
+                if !self.awaiting_withdrawal {
+                    self.awaiting_withdrawal = true;
+                    actions.push(Action::AwaitWithdrawal);
+                }
+                return;
+            }
             Cont::Running => {
                 self.container = Cont::Stopping;
                 actions.push(Action::Stop {
@@ -498,7 +534,7 @@ impl Machine {
             actions.push(Action::Finish(ending));
             return;
         }
-        if self.removed && !self.forgetting {
+        if self.wish.removed && !self.forgetting {
             if self.container == Cont::Absent {
                 self.forgetting = true;
                 actions.push(Action::Forget);
@@ -507,6 +543,19 @@ impl Machine {
                 actions.push(Action::RemoveContainer);
             }
         }
+    }
+
+    /// It runs well and is to end: others may not know yet. What fails is stopped at once, and so is what
+    /// nobody speaks of any more.
+    fn may_still_be_reached(&self) -> bool {
+        self.wish.networked
+            && !self.wish.withdrawn
+            && !self.wish.removed
+            && self.status.state == TaskState::Running as i32
+            && self
+                .ending
+                .as_ref()
+                .is_some_and(|ending| ending.state == TaskState::Shutdown as i32)
     }
 
     fn final_status(&self) -> TaskStatus {
@@ -529,7 +578,7 @@ impl Machine {
     fn exited(&mut self, exit: Exit) {
         self.exit = Some(exit);
         self.container = Cont::Exited;
-        let unwanted = self.removed || self.desired >= TaskState::Shutdown as i32;
+        let unwanted = self.wish.removed || self.wish.desired >= TaskState::Shutdown as i32;
         if unwanted || self.ending.is_some() || terminal(&self.status) {
             return;
         }

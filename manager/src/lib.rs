@@ -104,7 +104,7 @@ impl Manager {
             .add_service(dispatcher.service())
             .add_service(dispatcher.liveness_service());
         let mut loops = deciding_loops();
-        loops.push(dispatcher.leader_loop());
+        loops.extend(dispatcher.leader_loops());
         let leader = Leader::start(consensus, node_id, clock, loops);
         Self {
             routes,

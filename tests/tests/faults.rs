@@ -77,6 +77,52 @@ fn container_pid(cluster: &Cluster, host: &str, task: &str) -> Result<String> {
 }
 
 #[test]
+fn scaling_updating_and_draining_fail_no_request() -> Result<()> {
+    let cluster = Cluster::up(3, 1)?;
+    cluster.swarm("h1", &["network", "create", "--driver", "overlay", "net"])?;
+    let args = [
+        "--network",
+        "net",
+        "--replicas",
+        "4",
+        "--constraint",
+        "node.hostname!=h3",
+        // Who answers is asked for.
+        "--health-cmd",
+        "wget -qO /dev/null http://127.0.0.1/",
+        "--health-interval",
+        "100ms",
+        &nginx(),
+    ];
+    cluster.service("h1", "web", 4, &args)?;
+    cluster.client("h1", "client", "h3", "net")?;
+    let fetcher = Fetcher::start(&cluster, "h3", "client.1", "http://web")?;
+    // The client's node is slow to hear of it: who would be stopped at once would still be asked.
+    cluster.pause("h3")?;
+    cluster.swarm("h1", &["service", "scale", "--detach", "web=1"])?;
+    std::thread::sleep(Duration::from_secs(1));
+    cluster.resume("h3")?;
+    cluster.wait_running("h1", "web", 1)?;
+    for replicas in [4, 1, 4] {
+        cluster.swarm("h1", &["service", "scale", &format!("web={replicas}")])?;
+        cluster.wait_running("h1", "web", replicas)?;
+    }
+    cluster.swarm("h1", &["service", "update", "--env-add", "A=1", "web"])?;
+    cluster.wait_running("h1", "web", 4)?;
+    cluster.swarm("h1", &["node", "update", "--availability", "drain", "h2"])?;
+    wait_until(PATIENCE, "all tasks run on h1", || {
+        let tasks = cluster.wait_running("h1", "web", 4)?;
+        Ok(tasks.iter().all(|task| task.node == "h1").then_some(()))
+    })?;
+    let (good, bad, why) = fetcher.stop(&cluster, "h3")?;
+    ensure!(
+        bad == 0 && good > 100,
+        "{good} fetches were answered, {bad} failed: {why}"
+    );
+    Ok(())
+}
+
+#[test]
 fn killing_every_swarmd_in_turn_fails_no_request() -> Result<()> {
     let mut cluster = Cluster::up(3, 3)?;
     cluster.swarm("h1", &["network", "create", "--driver", "overlay", "net"])?;

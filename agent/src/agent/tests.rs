@@ -292,7 +292,10 @@ fn one(id: &str, slot: u64) -> Change {
 }
 
 fn shut(id: &str, slot: u64) -> Change {
-    Change::Task(task(id, slot, TaskState::Shutdown))
+    let mut task = task(id, slot, TaskState::Shutdown);
+    // As soon as its end is known: nothing here balances.
+    task.withdrawn = true;
+    Change::Task(task)
 }
 
 #[tokio::test]

@@ -26,6 +26,16 @@ const ENDED: Exit = Exit {
     oom_killed: false,
 };
 
+/// Of a task on a network.
+fn wish(desired: i32) -> Wish {
+    Wish {
+        desired,
+        removed: false,
+        networked: true,
+        withdrawn: false,
+    }
+}
+
 fn failure() -> Failure {
     Failure {
         code: "test",
@@ -38,9 +48,10 @@ impl Node {
         matches!(self.container, Some(ContainerState::Running { .. }))
     }
 
-    fn begin(&mut self, desired: i32, removed: bool) -> Life {
+    fn begin(&mut self, desired: i32) -> Life {
         let id = TaskId::from("a");
-        let mut machine = Machine::new(id, desired, removed, &self.saved, self.container.clone());
+        let wish = wish(desired);
+        let mut machine = Machine::new(id, wish, &self.saved, self.container.clone());
         // Reconciling removes what nobody claims.
         self.sandbox &= machine.has_sandbox();
         let flying = machine.steps();
@@ -118,6 +129,7 @@ impl Node {
             Action::CheckHealth { passed: false } => Event::Healthy,
             Action::CheckHealth { passed: true } if fail => Event::Unhealthy,
             Action::CheckHealth { passed: true } => return None,
+            Action::AwaitWithdrawal => Event::WaitedEnough,
             Action::Stop { .. } if fail => Event::StopStuck("test".to_owned()),
             Action::Stop { .. } => {
                 if self.running() {
@@ -201,7 +213,7 @@ proptest! {
     ) {
         let mut node = Node::default();
         let mut desired = TaskState::Ready as i32;
-        let mut life = node.begin(desired, false);
+        let mut life = node.begin(desired);
         for step in steps {
             match step {
                 Step::Finish { which, fail } if !life.flying.is_empty() => {
@@ -217,11 +229,11 @@ proptest! {
                             node.effect(action, &machine, false);
                         }
                     }
-                    life = node.begin(desired, false);
+                    life = node.begin(desired);
                 }
-                Step::Want(wish) => {
-                    desired = desired.max(wish);
-                    let event = Event::Wanted { desired, removed: false };
+                Step::Want(state) => {
+                    desired = desired.max(state);
+                    let event = Event::Wanted(wish(desired));
                     let actions = life.machine.on(event);
                     node.take(&mut life, actions);
                 }
@@ -240,7 +252,7 @@ proptest! {
             prop_assert!(node.starts <= 1, "started twice");
         }
         // Whatever happened: no longer assigned, it goes without a trace.
-        let actions = life.machine.on(Event::Wanted { desired, removed: true });
+        let actions = life.machine.on(Event::Wanted(Wish { removed: true, ..wish(desired) }));
         node.take(&mut life, actions);
         for _ in 0..100 {
             let ready = (0..life.flying.len()).any(|which| node.finish(&mut life, which, false));
@@ -266,8 +278,16 @@ fn a_container_that_does_not_stop_is_reported_and_tried_again() {
     };
     let running = Some(ContainerState::Running { pid: 1 });
     let shutdown = TaskState::Shutdown as i32;
-    let mut machine = Machine::new(id, shutdown, false, &record, running);
-    assert_eq!(machine.steps(), [Action::Stop { attempt: 0 }]);
+    let mut machine = Machine::new(id, wish(shutdown), &record, running);
+    assert_eq!(machine.steps(), [Action::AwaitWithdrawal]);
+    assert_eq!(machine.steps(), []);
+    let withdrawn = Wish {
+        withdrawn: true,
+        ..wish(shutdown)
+    };
+    let actions = machine.on(Event::Wanted(withdrawn));
+    assert_eq!(actions, [Action::Stop { attempt: 0 }]);
+    assert_eq!(machine.on(Event::WaitedEnough), []);
     let actions = machine.on(Event::StopStuck("test".to_owned()));
     assert!(matches!(&actions[0], Action::Report(status) if status.err.contains("does not stop")));
     assert_eq!(actions[1], Action::Stop { attempt: 1 });
@@ -279,7 +299,7 @@ fn the_first_cause_of_an_end_is_the_one_reported() {
     let id = TaskId::from("a");
     let running = Some(ContainerState::Running { pid: 1 });
     let desired = TaskState::Running as i32;
-    let mut machine = Machine::new(id, desired, false, &TaskRecord::default(), running);
+    let mut machine = Machine::new(id, wish(desired), &TaskRecord::default(), running);
     machine.steps();
     machine.on(Event::SandboxReady(Vec::new()));
     machine.on(Event::Unhealthy);

@@ -32,19 +32,19 @@ fn change(kind: Kind) -> AssignmentChange {
     AssignmentChange { change: Some(kind) }
 }
 
-fn state_of(task: &Task) -> TaskState {
+pub(super) fn state_of(task: &Task) -> TaskState {
     task.status
         .as_ref()
         .map_or(TaskState::New, TaskStatus::state)
 }
 
 /// Whether the task is its node's business now.
-fn is_assigned(task: &Task) -> bool {
+pub(super) fn is_assigned(task: &Task) -> bool {
     let state = state_of(task);
     !task.node_id.is_empty() && state >= TaskState::Assigned && !is_terminal(state)
 }
 
-fn networks_of(task: &Task) -> impl Iterator<Item = NetworkId> {
+pub(super) fn networks_of(task: &Task) -> impl Iterator<Item = NetworkId> {
     let attachments = task.networks.iter();
     attachments.map(|attachment| NetworkId::from(&attachment.network_id))
 }
@@ -429,6 +429,7 @@ impl AssignmentSet {
 /// reports, and versions mean nothing to it.
 fn same_work(old: &Task, new: &Task) -> bool {
     old.desired_state == new.desired_state
+        && old.withdrawn == new.withdrawn
         && old.not_before == new.not_before
         && old.networks == new.networks
         && old.endpoint == new.endpoint

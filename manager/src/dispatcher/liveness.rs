@@ -38,6 +38,8 @@ pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
 const DEMOTED_AFTER: Duration = Duration::from_secs(2);
 /// Nodes in one report; more than a cluster has.
 const REPORT_MAX: usize = 100_000;
+/// What is urgent is reported with whatever follows it within this time.
+const TOGETHER: Duration = Duration::from_millis(5);
 /// What a node is told in its status when nobody hears it.
 const SILENT: &str = "heartbeat failure";
 /// What it is told when it has said goodbye.
@@ -220,6 +222,8 @@ struct Shared {
     tracker: Mutex<Option<Tracker>>,
     /// A report changes the verdict.
     news: Notify,
+    /// A node has applied a newer revision.
+    newer: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -261,6 +265,7 @@ impl Liveness {
                 urgent: Notify::new(),
                 tracker: Mutex::new(None),
                 news: Notify::new(),
+                newer: Notify::new(),
             }),
         }
     }
@@ -272,6 +277,12 @@ impl Liveness {
             .lock()
             .nodes
             .insert(node.clone(), revision);
+    }
+
+    /// The node has acknowledged a newer revision: somebody may wait for it, so the leader is told at once.
+    pub(super) fn applied(&self, node: &NodeId, revision: u64) {
+        self.heard(node, revision);
+        self.shared.urgent.notify_one();
     }
 
     /// A session of the node has begun: the leader is told at once.
@@ -297,10 +308,16 @@ impl Liveness {
         tracker.as_ref().map_or(0, |tracker| tracker.revision(node))
     }
 
+    /// Returns when a node has applied a newer revision since the last time, while this manager leads.
+    pub(super) async fn newer(&self) {
+        self.shared.newer.notified().await;
+    }
+
     /// Takes in a report; false when this manager does not lead.
     fn receive(&self, report: LivenessReport) -> bool {
         let now = now();
         let mut news = !report.left.is_empty();
+        let mut newer = false;
         {
             let mut tracker = self.shared.tracker.lock();
             let Some(tracker) = tracker.as_mut() else {
@@ -308,7 +325,9 @@ impl Liveness {
             };
             let mut revisions = report.revisions.into_iter();
             for node in report.node_ids {
-                news |= tracker.heard(node.into(), revisions.next().unwrap_or(0), now);
+                let revision = revisions.next().unwrap_or(0);
+                newer |= revision > tracker.revision(&node);
+                news |= tracker.heard(node.into(), revision, now);
             }
             for node in report.left {
                 tracker.left(node.into(), now);
@@ -316,6 +335,9 @@ impl Liveness {
         }
         if news {
             self.shared.news.notify_one();
+        }
+        if newer {
+            self.shared.newer.notify_one();
         }
         true
     }
@@ -330,7 +352,8 @@ impl Liveness {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = tokio::time::sleep(period) => {}
-                () = self.shared.urgent.notified() => {}
+                // What follows in a moment goes with it.
+                () = self.shared.urgent.notified() => tokio::time::sleep(TOGETHER).await,
                 // A new leader should not wait for the first report.
                 changed = leadership.changed() => if changed.is_err() { return },
             }

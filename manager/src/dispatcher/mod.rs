@@ -15,6 +15,7 @@ mod liveness;
 mod session;
 #[cfg(test)]
 mod session_test;
+mod withdrawal;
 
 use std::sync::Arc;
 
@@ -102,10 +103,13 @@ impl Dispatcher {
         &self.liveness
     }
 
-    /// The loop that marks nodes while this manager leads.
+    /// The loops that run while this manager leads: one marks nodes, one lets tasks be stopped.
     #[must_use]
-    pub fn leader_loop(&self) -> LeaderLoop {
-        self.liveness.leader_loop()
+    pub fn leader_loops(&self) -> Vec<LeaderLoop> {
+        vec![
+            self.liveness.leader_loop(),
+            withdrawal::leader_loop(self.liveness.clone()),
+        ]
     }
 
     /// Ends all sessions (their agents go elsewhere) and loops; returns once they have ended.

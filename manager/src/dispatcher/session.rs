@@ -253,7 +253,11 @@ impl Session {
                 Err(status) => return status,
             };
             match message.message {
-                Some(agent_message::Message::Ack(ack)) => revision = ack.revision,
+                Some(agent_message::Message::Ack(ack)) => {
+                    revision = ack.revision;
+                    self.sessions.liveness.applied(&self.node_id, revision);
+                    continue;
+                }
                 Some(agent_message::Message::Goodbye(_)) => {
                     self.sessions.liveness.left(&self.node_id);
                     return Status::ok("the node leaves");

@@ -94,7 +94,7 @@ impl Served {
             consensus.clone(),
             "m1".into(),
             system_clock(),
-            vec![dispatcher.leader_loop()],
+            dispatcher.leader_loops(),
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("bound");

@@ -7,7 +7,7 @@ use swarm_proto::v1::{Task, TaskState};
 use swarm_store::State;
 
 use super::slot::{Pass, Place, Slot};
-use super::view::{desire, is_good, is_live};
+use super::view::{desire, give_up, is_good, is_live};
 use super::{CREATE_MAX, Decision};
 
 /// Brings the service to `replicas` slots. New ones take the lowest free numbers.
@@ -90,7 +90,7 @@ fn surplus(slots: &BTreeMap<u64, Vec<&Arc<Task>>>, count: usize) -> Vec<u64> {
 pub(crate) fn remove_all(state: &State, service_id: &str, decision: &mut Decision) {
     for task in state.tasks_of_service(service_id) {
         if task.desired_state() != TaskState::Remove {
-            decision.push(vec![desire(task, TaskState::Remove)]);
+            decision.push(vec![give_up(task)]);
         }
     }
 }

@@ -117,6 +117,15 @@ pub(crate) fn desire(task: &Task, wanted: TaskState) -> StoreAction {
     }))
 }
 
+/// Ends a task of a service that is gone: nobody can ask for it, and it waits for nobody.
+pub(crate) fn give_up(task: &Task) -> StoreAction {
+    update(object::Object::Task(Task {
+        desired_state: TaskState::Remove.into(),
+        withdrawn: true,
+        ..task.clone()
+    }))
+}
+
 /// Deletes the task, if it is still as seen.
 pub(crate) fn remove(task: &Task) -> StoreAction {
     let version = task.meta.as_ref().and_then(|meta| meta.version);
