@@ -22,6 +22,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         descriptors.encode_to_vec(),
     )?;
     tonic_prost_build::configure()
+        .codec_path("crate::codec::LeanCodec")
         .bytes(".")
         // Maps in order: equal objects have equal bytes (snapshots, digests).
         .btree_map(".")

@@ -13,13 +13,13 @@ use futures::future::join_all;
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use swarm_identity::{Identity, KeyMaterial};
+use swarm_proto::codec::LeanCodec;
 use swarm_proto::v1::raft_client::RaftClient;
 use swarm_proto::v1::{
     Filters, ListServicesRequest, Meta, Object, ProposeRequest, Service, StoreAction, Transaction,
     Version, object, store_action,
 };
 use tonic::transport::Channel;
-use tonic_prost::ProstCodec;
 
 use super::api::{Api, identity_of, relabel, service};
 use super::report::Samples;
@@ -333,7 +333,7 @@ where
 {
     let mut client = tonic::client::Grpc::new(channel.clone());
     client.ready().await?;
-    let codec: ProstCodec<Q, A> = ProstCodec::default();
+    let codec: LeanCodec<Q, A> = LeanCodec::default();
     let path = http::uri::PathAndQuery::from_static(path);
     let answer = client
         .unary(tonic::Request::new(request), path, codec)
