@@ -6,11 +6,17 @@ use std::path::{Path, PathBuf};
 use hyper_util::rt::TokioIo;
 use swarm_proto::v1::control_client::ControlClient;
 use swarm_proto::v1::node_local_client::NodeLocalClient;
-use swarm_proto::v1::{InfoRequest, InfoResponse, NodeRole};
+use swarm_proto::v1::{
+    InfoRequest, InfoResponse, ListNetworksRequest, ListNodesRequest, ListServicesRequest,
+    ListTasksRequest, Network, Node, NodeRole, Service, Task,
+};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::failure::{Failure, Result};
+
+/// Most objects of one page of a list; a page ends earlier when a message is full.
+const PAGE_SIZE: u32 = 5_000;
 
 /// swarmd on this machine.
 #[derive(Clone, Debug)]
@@ -61,4 +67,37 @@ impl Daemon {
     pub async fn is_worker(&self) -> Result<bool> {
         Ok(self.info().await?.role() == NodeRole::Worker)
     }
+}
+
+/// A list from its first page to its last.
+macro_rules! lists {
+    ($($(#[$doc:meta])* $name:ident: $call:ident($request:ty) -> $object:ty;)*) => {
+        impl Daemon {
+            $($(#[$doc])*
+            pub async fn $name(&self, mut request: $request) -> Result<Vec<$object>> {
+                let mut control = self.control();
+                let mut all = Vec::new();
+                request.page_size = PAGE_SIZE;
+                loop {
+                    let page = control.$call(request.clone()).await?.into_inner();
+                    all.extend(page.$name);
+                    if page.next_page_token.is_empty() {
+                        return Ok(all);
+                    }
+                    request.page_token = page.next_page_token;
+                }
+            })*
+        }
+    };
+}
+
+lists! {
+    /// All nodes that the request asks for.
+    nodes: list_nodes(ListNodesRequest) -> Node;
+    /// All services that the request asks for.
+    services: list_services(ListServicesRequest) -> Service;
+    /// All tasks that the request asks for.
+    tasks: list_tasks(ListTasksRequest) -> Task;
+    /// All networks that the request asks for.
+    networks: list_networks(ListNetworksRequest) -> Network;
 }

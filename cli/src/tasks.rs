@@ -74,6 +74,7 @@ pub fn request(given: &Given) -> std::result::Result<ListTasksRequest, String> {
         services: given.values("service"),
         nodes: given.values("node"),
         desired_states: states.into_iter().map(i32::from).collect(),
+        ..ListTasksRequest::default()
     })
 }
 
@@ -95,12 +96,7 @@ pub async fn show(
             node.clone_from(&own);
         }
     }
-    let mut tasks = daemon
-        .control()
-        .list_tasks(request)
-        .await?
-        .into_inner()
-        .tasks;
+    let mut tasks = daemon.tasks(request).await?;
     if !given.values("_up-to-date").is_empty() {
         let wanted = given
             .values("_up-to-date")
@@ -114,11 +110,7 @@ pub async fn show(
     }
     let mut hosts = BTreeMap::new();
     if !flags.no_resolve {
-        let nodes = daemon
-            .control()
-            .list_nodes(ListNodesRequest::default())
-            .await?;
-        for node in nodes.into_inner().nodes {
+        for node in daemon.nodes(ListNodesRequest::default()).await? {
             hosts.insert(node.id, node.description.unwrap_or_default().hostname);
         }
     }

@@ -96,10 +96,9 @@ pub async fn run(flags: Ls, daemon: &Daemon) -> Result {
     let mut lines: Vec<Line> = if daemon.is_worker().await? {
         local.iter().map(Line::from).collect()
     } else {
-        let request = ListNetworksRequest::default();
-        let cluster = daemon.control().list_networks(request).await?.into_inner();
+        let cluster = daemon.networks(ListNetworksRequest::default()).await?;
         let own = local.iter().filter(|local| local.scope == "local");
-        let cluster = cluster.networks.iter().map(Line::from);
+        let cluster = cluster.iter().map(Line::from);
         cluster.chain(own.map(Line::from)).collect()
     };
     lines.retain(|line| {

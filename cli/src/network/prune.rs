@@ -36,14 +36,9 @@ pub async fn run(flags: Prune, daemon: &Daemon) -> Result {
     }
     let request = ListNetworksRequest {
         filters: Some(given.common()),
-        drivers: Vec::new(),
+        ..ListNetworksRequest::default()
     };
-    let all = daemon
-        .control()
-        .list_networks(request)
-        .await?
-        .into_inner()
-        .networks;
+    let all = daemon.networks(request).await?;
     let mut removed = Vec::new();
     for network in all {
         let request = RemoveNetworkRequest {

@@ -44,13 +44,9 @@ pub async fn run(flags: Ls, daemon: &Daemon) -> Result {
         filters: Some(given.common()),
         roles: roles.into_iter().map(i32::from).collect(),
         node_labels: given.values("node.label"),
+        ..ListNodesRequest::default()
     };
-    let mut nodes = daemon
-        .control()
-        .list_nodes(request)
-        .await?
-        .into_inner()
-        .nodes;
+    let mut nodes = daemon.nodes(request).await?;
     if !members.is_empty() && !members.contains(&true) {
         nodes.clear();
     }

@@ -48,9 +48,9 @@ pub async fn run(flags: Ls, daemon: &Daemon) -> Result {
         filters: Some(given.common()),
         modes: modes.into_iter().map(str::to_owned).collect(),
         with_status: true,
+        ..ListServicesRequest::default()
     };
-    let answer = daemon.control().list_services(request).await?;
-    let mut services = answer.into_inner().services;
+    let mut services = daemon.services(request).await?;
     services.sort_by_key(super::name);
     let rows: Vec<_> = services
         .iter()

@@ -12,6 +12,7 @@ mod error;
 mod filter;
 mod network;
 mod node;
+mod page;
 mod redact;
 mod service;
 mod task;
@@ -199,7 +200,7 @@ fn bounded<M: Message>(answer: M) -> Result<M, Status> {
         return Ok(answer);
     }
     Err(Status::resource_exhausted(format!(
-        "the answer has {size} bytes, more than {}; narrow it with filters, or watch instead",
+        "the answer has {size} bytes, more than {}; ask for pages (page_size), narrow it with filters, or watch instead",
         swarm_proto::defaults::MESSAGE_MAX
     )))
 }

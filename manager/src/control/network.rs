@@ -14,6 +14,7 @@ use swarm_store::State;
 use tonic::Status;
 
 use super::filter::{NameMatch, any_of, check, passes};
+use super::page::Page;
 use super::{Control, bounded, create, error, found, remove, service, validate, written};
 
 impl Control {
@@ -67,14 +68,19 @@ impl Control {
             request.filters.as_ref(),
             &[("driver", request.drivers.len())],
         )?;
+        let page = Page::of(request.page_size, &request.page_token)?;
         let state = self.state().await?;
-        let mut networks: Vec<Network> = state
-            .networks()
-            .filter(|network| listed(network, &request))
-            .map(|network| Network::clone(network))
-            .collect();
+        let found = state.networks_after(page.after());
+        let found = found.filter(|network| listed(network, &request));
+        let (mut networks, next_page_token) = page
+            .take(found.map(|network| Network::clone(network)), |network| {
+                &network.id
+            });
         networks.sort_by(|a, b| (name(a), &a.id).cmp(&(name(b), &b.id)));
-        bounded(ListNetworksResponse { networks })
+        bounded(ListNetworksResponse {
+            networks,
+            next_page_token,
+        })
     }
 
     pub(super) async fn create_network(

@@ -14,6 +14,7 @@ use swarm_store::{Member, State};
 use tonic::Status;
 
 use super::filter::{NameMatch, any_of, check, has_labels, passes};
+use super::page::Page;
 use super::{
     Control, bounded, cluster, error, expecting, found, remove, update, validate, version_of,
     written,
@@ -45,15 +46,18 @@ impl Control {
                 ("node.label", request.node_labels.len()),
             ],
         )?;
+        let page = Page::of(request.page_size, &request.page_token)?;
         let state = self.state().await?;
-        let mut nodes: Vec<Node> = state
-            .nodes()
-            .filter(|node| listed(node, &request))
-            .map(|node| Node::clone(node))
-            .collect();
+        let found = state.nodes_after(page.after());
+        let found = found.filter(|node| listed(node, &request));
+        let (mut nodes, next_page_token) =
+            page.take(found.map(|node| Node::clone(node)), |node| &node.id);
         nodes.sort_by(|a, b| (hostname(a), &a.id).cmp(&(hostname(b), &b.id)));
         self.observe(&mut nodes).await?;
-        bounded(ListNodesResponse { nodes })
+        bounded(ListNodesResponse {
+            nodes,
+            next_page_token,
+        })
     }
 
     pub(super) async fn update_node(&self, request: UpdateNodeRequest) -> Result<Node, Status> {

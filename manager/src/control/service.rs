@@ -15,6 +15,7 @@ use swarm_store::State;
 use tonic::Status;
 
 use super::filter::{NameMatch, any_of, check, passes};
+use super::page::Page;
 use super::{
     Control, bounded, create, error, expecting, found, redact, remove, update, validate,
     version_of, written,
@@ -42,21 +43,24 @@ impl Control {
                 unknown.escape_debug()
             )));
         }
+        let page = Page::of(request.page_size, &request.page_token)?;
         let state = self.state().await?;
-        let mut services: Vec<Service> = state
-            .services()
-            .filter(|service| listed(service, &request))
-            .map(|service| {
-                let mut shown = Service::clone(service);
-                redact::service(&mut shown);
-                if request.with_status {
-                    shown.status = Some(status(&state, service));
-                }
-                shown
-            })
-            .collect();
+        let found = state.services_after(page.after());
+        let found = found.filter(|service| listed(service, &request));
+        let shown = found.map(|service| {
+            let mut shown = Service::clone(service);
+            redact::service(&mut shown);
+            if request.with_status {
+                shown.status = Some(status(&state, service));
+            }
+            shown
+        });
+        let (mut services, next_page_token) = page.take(shown, |service| &service.id);
         services.sort_by(|a, b| (name(a), &a.id).cmp(&(name(b), &b.id)));
-        bounded(ListServicesResponse { services })
+        bounded(ListServicesResponse {
+            services,
+            next_page_token,
+        })
     }
 
     pub(super) async fn create_service(

@@ -1,6 +1,6 @@
 //! Tasks: read only.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use swarm_proto::names::task_name;
@@ -11,6 +11,7 @@ use swarm_store::State;
 use tonic::Status;
 
 use super::filter::{NameMatch, any_of, check, passes};
+use super::page::Page;
 use super::{Control, bounded, error, found, redact};
 
 impl Control {
@@ -45,39 +46,52 @@ impl Control {
                 "invalid filter 'desired-state={unknown}'"
             )));
         }
+        let page = Page::of(request.page_size, &request.page_token)?;
         let state = self.state().await?;
         let services = resolve_all(&state, ObjectKind::Service, &request.services)?;
         let nodes = resolve_all(&state, ObjectKind::Node, &request.nodes)?;
         let keep = |task: &&Arc<Task>| {
-            (request.services.is_empty() || services.contains(&task.service_id))
+            task.id.as_str() > page.after()
+                && (request.services.is_empty() || services.contains(&task.service_id))
                 && (request.nodes.is_empty() || nodes.contains(&task.node_id))
                 && any_of(&request.desired_states, |wanted| {
                     *wanted == task.desired_state
                 })
                 && listed(task, &request)
         };
+        let shown = |task: &Arc<Task>| {
+            let mut shown = Task::clone(task);
+            redact::task(&mut shown);
+            shown
+        };
         // The narrowest index there is: a list of one service does not look at all tasks.
-        let mut found: Vec<&Arc<Task>> = if !request.services.is_empty() {
+        let few: Option<BTreeMap<&str, &Arc<Task>>> = if !request.services.is_empty() {
             let of_services = services.iter().flat_map(|id| state.tasks_of_service(id));
-            of_services.filter(keep).collect()
+            Some(of_services.filter(keep).map(by_id).collect())
         } else if !request.nodes.is_empty() {
             let on_nodes = nodes.iter().flat_map(|id| state.tasks_on_node(id));
-            on_nodes.filter(keep).collect()
+            Some(on_nodes.filter(keep).map(by_id).collect())
         } else {
-            state.tasks().filter(keep).collect()
+            None
+        };
+        let (mut tasks, next_page_token) = match &few {
+            Some(few) => page.take(few.values().copied().map(shown), |task| &task.id),
+            None => {
+                let all = state.tasks_after(page.after()).filter(keep);
+                page.take(all.map(shown), |task| &task.id)
+            }
         };
         // By service and slot; in a slot the newest first.
-        found.sort_by(|a, b| order(a).cmp(&order(b)));
-        let tasks = found
-            .into_iter()
-            .map(|task| {
-                let mut shown = Task::clone(task);
-                redact::task(&mut shown);
-                shown
-            })
-            .collect();
-        bounded(ListTasksResponse { tasks })
+        tasks.sort_by(|a, b| order(a).cmp(&order(b)));
+        bounded(ListTasksResponse {
+            tasks,
+            next_page_token,
+        })
     }
+}
+
+fn by_id(task: &Arc<Task>) -> (&str, &Arc<Task>) {
+    (&task.id, task)
 }
 
 fn resolve_all(
@@ -199,5 +213,44 @@ mod tests {
             (missing.code(), missing.message()),
             (Code::NotFound, "node nowhere not found")
         );
+    }
+
+    #[tokio::test]
+    async fn pages_hold_each_task_once_with_and_without_an_index() {
+        let bench = Bench::new();
+        let web = bench.create_service(service_spec("web")).await.unwrap();
+        let api = bench.create_service(service_spec("api")).await.unwrap();
+        let ids: Vec<String> = (0..9).map(|number| format!("t{number}")).collect();
+        for (id, number) in ids.iter().zip(1..) {
+            // In the order of their IDs, tasks of the two alternate.
+            let (service_id, name) = if number % 2 == 0 {
+                (&web.id, "web")
+            } else {
+                (&api.id, "api")
+            };
+            bench.write([create(task(id, service_id, name, number))]);
+        }
+        let both = vec!["web".to_owned(), "api".to_owned()];
+        for services in [Vec::new(), both] {
+            let mut request = ListTasksRequest {
+                services,
+                page_size: 4,
+                ..Default::default()
+            };
+            let mut pages = Vec::new();
+            loop {
+                let page = bench.control.list_tasks(request.clone()).await.unwrap();
+                let mut ids: Vec<String> = page.tasks.into_iter().map(|task| task.id).collect();
+                ids.sort();
+                pages.push(ids);
+                if page.next_page_token.is_empty() {
+                    break;
+                }
+                request.page_token = page.next_page_token;
+            }
+            let sizes: Vec<usize> = pages.iter().map(Vec::len).collect();
+            assert_eq!(sizes, [4, 4, 1]);
+            assert_eq!(pages.concat(), ids);
+        }
     }
 }

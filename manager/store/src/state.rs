@@ -1,5 +1,6 @@
 //! One value that holds everything the cluster agrees on.
 
+use std::borrow::Borrow;
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -140,6 +141,14 @@ pub struct Applied {
     pub events: Vec<Event>,
 }
 
+fn after<'a, K: Ord + Borrow<str>, T>(
+    objects: &'a OrdMap<K, Arc<T>>,
+    id: &str,
+) -> impl Iterator<Item = &'a Arc<T>> + use<'a, K, T> {
+    let range = (Bound::Excluded(id), Bound::Unbounded);
+    objects.range::<_, str>(range).map(|(_, object)| object)
+}
+
 impl State {
     /// Index of the last log entry applied.
     #[must_use]
@@ -164,6 +173,11 @@ impl State {
         self.nodes.values()
     }
 
+    /// The nodes whose IDs come after `id`, by ID.
+    pub fn nodes_after(&self, id: &str) -> impl Iterator<Item = &Arc<Node>> + use<'_> {
+        after(&self.nodes, id)
+    }
+
     /// A service by its full ID.
     #[must_use]
     pub fn service(&self, id: &str) -> Option<&Arc<Service>> {
@@ -173,6 +187,11 @@ impl State {
     /// All services, by ID.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.values()
+    }
+
+    /// The services whose IDs come after `id`, by ID.
+    pub fn services_after(&self, id: &str) -> impl Iterator<Item = &Arc<Service>> + use<'_> {
+        after(&self.services, id)
     }
 
     /// A task by its full ID.
@@ -186,6 +205,11 @@ impl State {
         self.tasks.values()
     }
 
+    /// The tasks whose IDs come after `id`, by ID.
+    pub fn tasks_after(&self, id: &str) -> impl Iterator<Item = &Arc<Task>> + use<'_> {
+        after(&self.tasks, id)
+    }
+
     /// A network by its full ID.
     #[must_use]
     pub fn network(&self, id: &str) -> Option<&Arc<Network>> {
@@ -195,6 +219,11 @@ impl State {
     /// All networks, by ID.
     pub fn networks(&self) -> impl Iterator<Item = &Arc<Network>> {
         self.networks.values()
+    }
+
+    /// The networks whose IDs come after `id`, by ID.
+    pub fn networks_after(&self, id: &str) -> impl Iterator<Item = &Arc<Network>> + use<'_> {
+        after(&self.networks, id)
     }
 
     /// The tasks of a service, by ID, history included.

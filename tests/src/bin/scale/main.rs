@@ -244,26 +244,26 @@ impl Scale {
     /// How many agents the cluster calls READY.
     async fn ready(&self) -> Result<usize> {
         let mut ready = 0;
-        // An answer has its limit.
-        for thousand in 0..self.args.agents.div_ceil(1000) {
-            let request = ListNodesRequest {
-                filters: Some(Filters {
-                    names: vec![format!("agent-{thousand:02}")],
-                    ..Filters::default()
-                }),
-                ..ListNodesRequest::default()
-            };
-            let nodes = self
-                .managers
-                .control(1)
-                .list_nodes(request)
-                .await?
-                .into_inner()
-                .nodes;
-            ready += nodes
+        let mut request = ListNodesRequest {
+            page_size: 5_000,
+            filters: Some(Filters {
+                names: vec!["agent-".to_owned()],
+                ..Filters::default()
+            }),
+            ..ListNodesRequest::default()
+        };
+        loop {
+            let mut control = self.managers.control(1);
+            let page = control.list_nodes(request.clone()).await?.into_inner();
+            ready += page
+                .nodes
                 .iter()
                 .filter(|node| node.status.as_ref().map(|s| s.state()) == Some(NodeState::Ready))
                 .count();
+            if page.next_page_token.is_empty() {
+                break;
+            }
+            request.page_token = page.next_page_token;
         }
         Ok(ready)
     }
