@@ -11,9 +11,12 @@ use swarm_agent::network::Dataplane;
 use swarm_agent::runtime::Runtime;
 use swarm_disk::{Disk, Threads};
 use swarm_identity::Net;
-use swarm_raft::RaftTiming;
+use swarm_raft::RaftConfig;
 
 use crate::address::{self, LocalAddress};
+
+/// Changes how a member of the raft group is set: heartbeats, elections, snapshots.
+pub type Tune = Arc<dyn Fn(&mut RaftConfig) + Send + Sync>;
 
 /// What a node is made with.
 #[derive(Clone)]
@@ -33,8 +36,8 @@ pub struct Environment {
     pub disk: Arc<dyn Disk>,
     /// Where consensus runs and the disk is waited for.
     pub threads: Threads,
-    /// Heartbeats and elections; the same on all managers.
-    pub timing: RaftTiming,
+    /// What a member of the raft group has other than its defaults.
+    pub tune: Tune,
     /// Containers.
     pub runtime: Arc<dyn Runtime>,
     /// Networks.

@@ -22,7 +22,7 @@ use swarm_proto::defaults::MESSAGE_MAX;
 use swarm_proto::v1::node_local_server::NodeLocalServer;
 use tonic::service::Routes;
 
-pub use crate::environment::{Environment, Host, ThisHost};
+pub use crate::environment::{Environment, Host, ThisHost, Tune};
 use crate::local::LocalService;
 pub use crate::node::Node;
 pub use crate::switch::{ManagerSlot, Switch};

@@ -13,7 +13,6 @@ use swarm_daemon::config::{Args, File};
 use swarm_daemon::{Environment, ManagerSlot, Node, ThisHost, local_services};
 use swarm_disk::{SystemDisk, Threads};
 use swarm_identity::{AuthorizeLayer, LocalListener, Tcp, grpc_server};
-use swarm_raft::RaftTiming;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -94,7 +93,7 @@ async fn serve(args: Args, file: File) -> Result<()> {
         net: Tcp::shared(),
         disk: SystemDisk::shared(),
         threads: Threads::Own,
-        timing: RaftTiming::default(),
+        tune: Arc::new(|_| ()),
         runtime,
         dataplane,
     };

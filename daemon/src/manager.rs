@@ -10,12 +10,13 @@ use swarm_disk::{Disk, Threads};
 use swarm_identity::{AuthorizeLayer, DataKey, Identity, Listener, grpc_server};
 use swarm_manager::{Manager, ManagerConfig, ca};
 use swarm_proto::v1::{NodeRole, Transaction};
-use swarm_raft::{RaftConfig, RaftNode, RaftTiming};
+use swarm_raft::{RaftConfig, RaftNode};
 use swarm_store::Consensus as _;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::environment::Tune;
 use crate::node::remove_dir;
 use crate::switch::ManagerSlot;
 
@@ -37,8 +38,8 @@ pub struct ManagerContext {
     pub disk: Arc<dyn Disk>,
     /// Where consensus runs and the disk is waited for.
     pub threads: Threads,
-    /// Heartbeats and elections.
-    pub timing: RaftTiming,
+    /// What its raft member has other than its defaults.
+    pub tune: Tune,
     /// host:port at which the others reach this manager.
     pub advertise_addr: SocketAddr,
     /// What its API is bound to.
@@ -111,7 +112,7 @@ impl RunningManager {
         );
         config.disk = Arc::clone(&context.disk);
         config.threads = context.threads;
-        config.timing = context.timing;
+        (context.tune)(&mut config);
         let joining = matches!(beginning, Beginning::Join(_));
         let raft = match beginning {
             Beginning::Bootstrap(transaction) => RaftNode::bootstrap(config, *transaction).await,

@@ -272,7 +272,7 @@ impl Node {
             raft_dir: self.raft_dir(),
             disk: Arc::clone(&self.on.disk),
             threads: self.on.threads,
-            timing: self.on.timing,
+            tune: Arc::clone(&self.on.tune),
             advertise_addr: settings.advertise_addr,
             listen_addr: settings.listen_addr,
             slot: self.slot.clone(),

@@ -25,3 +25,4 @@ mod weight;
 pub use error::{DiskError, RaftFatal, StartError};
 pub use node::{RaftConfig, RaftNode, RaftTiming};
 pub use service::RaftService;
+pub use transport::Repeats;

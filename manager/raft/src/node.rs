@@ -36,7 +36,7 @@ use crate::seal::Sealer;
 use crate::service::RaftService;
 use crate::snapshot::Snapshots;
 use crate::state_machine::StateMachine;
-use crate::transport::{Network, Pool, RAFT_MESSAGE_MAX, leader_hint};
+use crate::transport::{Network, Pool, RAFT_MESSAGE_MAX, Repeats, leader_hint};
 use crate::types::Peer;
 use crate::weight::{Due, Scales};
 
@@ -109,6 +109,8 @@ pub struct RaftConfig {
     pub disk: Arc<dyn Disk>,
     /// Where consensus runs and the disk is waited for.
     pub threads: Threads,
+    /// Messages that are sent twice: none, but in simulations.
+    pub repeats: Option<Repeats>,
 }
 
 impl RaftConfig {
@@ -133,6 +135,7 @@ impl RaftConfig {
             kept_bytes: KEPT_BYTES,
             disk: SystemDisk::shared(),
             threads: Threads::default(),
+            repeats: None,
         }
     }
 
@@ -275,6 +278,7 @@ impl RaftNode {
             pool: pool.clone(),
             from: member.raft_id,
             cluster_id: member.cluster_id.as_str().into(),
+            repeats: config.repeats.clone(),
             entries_timeout: (config.timing.election_max * 4).max(Duration::from_secs(2)),
         };
         let (store, applied) = (machine.store().clone(), machine.applied());

@@ -138,6 +138,24 @@ pub(crate) fn leader_hint(status: &Status) -> Option<String> {
     Some(value.to_owned())
 }
 
+/// Asked at each message to another member: after how long the same is to be sent once more, if
+/// at all. Raft must not mind, and simulations see to it.
+#[derive(Clone)]
+pub struct Repeats(Arc<dyn Fn() -> Option<Duration> + Send + Sync>);
+
+impl Repeats {
+    /// Asks this.
+    pub fn new(ask: impl Fn() -> Option<Duration> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(ask))
+    }
+}
+
+impl std::fmt::Debug for Repeats {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Repeats")
+    }
+}
+
 /// Makes clients for openraft.
 #[derive(Clone)]
 pub(crate) struct Network {
@@ -146,6 +164,7 @@ pub(crate) struct Network {
     pub(crate) cluster_id: Arc<str>,
     /// For a message with entries, which waits for the receiver's disk.
     pub(crate) entries_timeout: Duration,
+    pub(crate) repeats: Option<Repeats>,
 }
 
 /// One member, as the raft core sees it.
@@ -209,16 +228,30 @@ impl Remote {
         lane: Lane,
         within: Duration,
         request: &Q,
-        send: impl FnOnce(RaftClient<Channel>, RaftMessage) -> F,
+        send: impl Fn(RaftClient<Channel>, RaftMessage) -> F,
     ) -> Result<A, RPCError<TypeConfig>>
     where
         Q: Serialize,
         A: DeserializeOwned,
-        F: Future<Output = Result<Response<RaftMessage>, Status>>,
+        F: Future<Output = Result<Response<RaftMessage>, Status>> + Send + 'static,
     {
         let body = encode(request).map_err(|error| NetworkError::new(&error))?;
         let client = self.client(lane).map_err(rpc_error)?;
-        let answer = tokio::time::timeout(within, send(client, self.message(body)))
+        let message = self.message(body);
+        if let Some(later) = self
+            .network
+            .repeats
+            .as_ref()
+            .and_then(|repeats| (repeats.0)())
+        {
+            let again = send(client.clone(), message.clone());
+            // Ends with the call that it makes.
+            drop(tokio::spawn(async move {
+                tokio::time::sleep(later).await;
+                drop(tokio::time::timeout(within, again).await);
+            }));
+        }
+        let answer = tokio::time::timeout(within, send(client, message))
             .await
             .map_err(|_| {
                 NetworkError::from_string(format!("{} did not answer within {within:?}", self.addr))
@@ -233,12 +266,12 @@ impl Remote {
         &mut self,
         request: &Q,
         option: &RPCOption,
-        send: impl FnOnce(RaftClient<Channel>, RaftMessage) -> F,
+        send: impl Fn(RaftClient<Channel>, RaftMessage) -> F,
     ) -> Result<A, RPCError<TypeConfig>>
     where
         Q: Serialize,
         A: DeserializeOwned,
-        F: Future<Output = Result<Response<RaftMessage>, Status>>,
+        F: Future<Output = Result<Response<RaftMessage>, Status>> + Send + 'static,
     {
         self.call(Lane::Control, option.hard_ttl(), request, send)
             .await

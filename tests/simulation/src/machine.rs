@@ -9,17 +9,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use parking_lot::Mutex;
 use swarm_agent::description::{DescriptionConfig, DescriptionError, HostDescription};
 use swarm_agent::network::Dataplane;
 use swarm_agent::network::fake::FakeDataplane;
 use swarm_agent::runtime::fake::{FakeRuntime, Fuse};
 use swarm_daemon::address::LocalAddress;
-use swarm_daemon::{Environment, Host, ManagerSlot, Node};
+use swarm_daemon::{Environment, Host, ManagerSlot, Node, Tune};
 use swarm_disk::Threads;
 use swarm_disk::memory::MemoryDisk;
 use swarm_proto::defaults::API_PORT;
 use swarm_proto::v1::{InitRequest, JoinClusterRequest, NodeDescription, Platform, Resources};
-use swarm_raft::RaftTiming;
+use swarm_raft::{RaftTiming, Repeats};
 use tokio::sync::mpsc;
 
 use crate::check;
@@ -27,8 +28,10 @@ use crate::dice::Dice;
 use crate::fakes::SimRuntime;
 use crate::net::ip_of;
 use crate::seams::{DiskMood, SimNet};
-use crate::world::{self, HostId};
+use crate::world::{self, HostId, SECOND};
 
+/// Mean of the time after which a message of raft comes once more, if it does. Nanoseconds.
+const REPEATED_AFTER: u64 = SECOND / 2;
 /// Between two attempts to join.
 const JOIN_AGAIN: Duration = Duration::from_millis(700);
 
@@ -182,14 +185,36 @@ impl Machine {
             net: SimNet::shared(),
             disk: Arc::new(self.disk.clone()),
             threads: Threads::Callers,
-            timing: RaftTiming {
-                heartbeat: Duration::from_millis(100),
-                election_min: Duration::from_millis(500),
-                election_max: Duration::from_millis(1000),
-            },
+            tune: self.tune(),
             runtime: SimRuntime::shared(self.seed, self.host, Arc::clone(&self.runtime)),
             dataplane: Arc::clone(&self.dataplane) as Arc<dyn Dataplane>,
         }
+    }
+
+    /// Time for slow processors, and snapshots often enough that they matter. The seed decides.
+    fn tune(&self) -> Tune {
+        let mut dice = Dice::new(self.seed, "raft");
+        let snapshot_interval = dice.between(40, 400);
+        let kept_entries = dice.between(0, 100);
+        let repeated = [0, 0, 20, 5][dice.below(4) as usize];
+        let boot = world::with(|world| world.hosts[self.host].boot);
+        let dice = Dice::new(self.seed, &format!("repeats {} {boot}", self.host));
+        let dice = Mutex::new(dice);
+        let repeats = Repeats::new(move || {
+            let mut dice = dice.lock();
+            let again = dice.once_in(repeated);
+            again.then(|| Duration::from_nanos(dice.around(REPEATED_AFTER)))
+        });
+        Arc::new(move |config| {
+            config.timing = RaftTiming {
+                heartbeat: Duration::from_millis(100),
+                election_min: Duration::from_millis(500),
+                election_max: Duration::from_millis(1000),
+            };
+            config.snapshot_interval = snapshot_interval;
+            config.kept_entries = kept_entries;
+            config.repeats = Some(repeats.clone());
+        })
     }
 
     async fn serve(&self, begin: Begin) -> anyhow::Result<()> {
