@@ -9,7 +9,7 @@ use swarm_agent::runtime::ContainerState;
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::service_mode::Mode;
 use swarm_proto::v1::{
-    NodeAvailability, NodeState, Placement, Service, ServiceSpec, Task, TaskSpec, TaskState,
+    Node, NodeAvailability, NodeState, Placement, Service, ServiceSpec, Task, TaskSpec, TaskState,
 };
 use swarm_store::State;
 
@@ -58,7 +58,11 @@ fn service_missing(state: &State, service: &Service, nodes: usize) -> Option<Str
     let mode = spec.mode.as_ref().and_then(|mode| mode.mode);
     let wanted = match mode {
         Some(Mode::Replicated(replicated)) => replicated.replicas.unwrap_or(1) as usize,
-        _ => nodes,
+        _ => state
+            .nodes()
+            .filter(|node| fits(spec, node))
+            .count()
+            .min(nodes),
     };
     let mut places = BTreeSet::new();
     for task in live(state.tasks_of_service(&service.id)) {
@@ -76,6 +80,15 @@ fn service_missing(state: &State, service: &Service, nodes: usize) -> Option<Str
         if task.spec_version != service.spec_version && of_older_spec(task, spec) {
             return Some(format!("task {} of {name} is of an older spec", task.id));
         }
+        if state
+            .node(&task.node_id)
+            .is_none_or(|node| !fits(spec, node))
+        {
+            return Some(format!(
+                "task {} of {name} runs where the service must not",
+                task.id
+            ));
+        }
         places.insert((
             task.slot,
             if task.slot == 0 {
@@ -92,6 +105,16 @@ fn service_missing(state: &State, service: &Service, nodes: usize) -> Option<Str
         ));
     }
     None
+}
+
+/// The one kind of constraint that clients use: any host but this one.
+fn fits(spec: &ServiceSpec, node: &Node) -> bool {
+    let placement = spec.task.as_ref().and_then(|task| task.placement.as_ref());
+    let hostname = node.description.as_ref().map(|known| &*known.hostname);
+    let mut constraints = placement
+        .iter()
+        .flat_map(|placement| &placement.constraints);
+    constraints.all(|constraint| constraint.strip_prefix("node.hostname != ") != hostname)
 }
 
 /// What a container that runs can follow replaces no task (ARCHITECTURE.md, "How managers decide").

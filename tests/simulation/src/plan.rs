@@ -65,6 +65,11 @@ pub fn client_pause() -> u64 {
     with(|stage| stage.client_pause)
 }
 
+/// How many machines there are.
+pub fn machines() -> u64 {
+    with(|stage| stage.machines.len() as u64)
+}
+
 /// The hosts that are managers, as the newest state says.
 pub fn managers() -> Vec<HostId> {
     let all = with(|stage| stage.machines.len());

@@ -13,12 +13,12 @@ use swarm_identity::Identity;
 use swarm_proto::v1::control_client::ControlClient;
 use swarm_proto::v1::service_mode::Mode;
 use swarm_proto::v1::{
-    Annotations, ContainerSpec, CreateNetworkRequest, CreateServiceRequest, FailureAction,
-    GetNetworkRequest, GetServiceRequest, GlobalMode, ListNodesRequest, NetworkAttachmentConfig,
-    NetworkSpec, Node, NodeAvailability, NodeRole, NodeSpec, RemoveNetworkRequest,
-    RemoveNodeRequest, RemoveServiceRequest, ReplicatedMode, RestartPolicy, RotateJoinTokenRequest,
-    Service, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig, UpdateNodeRequest, UpdateOrder,
-    UpdateServiceRequest, WatchRequest,
+    Annotations, ContainerSpec, CreateNetworkRequest, CreateServiceRequest, EndpointSpec,
+    FailureAction, GetNetworkRequest, GetServiceRequest, GlobalMode, ListNodesRequest,
+    NetworkAttachmentConfig, NetworkSpec, Node, NodeAvailability, NodeRole, NodeSpec, Placement,
+    PortConfig, PublishMode, RemoveNetworkRequest, RemoveNodeRequest, RemoveServiceRequest,
+    ReplicatedMode, RestartPolicy, RotateJoinTokenRequest, Service, ServiceMode, ServiceSpec,
+    TaskSpec, UpdateConfig, UpdateNodeRequest, UpdateOrder, UpdateServiceRequest, WatchRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -333,7 +333,15 @@ impl Client {
         let Some(client) = self.control() else {
             return Outcome::Unknown;
         };
-        match tokio::time::timeout(PATIENCE, call(client)).await {
+        let answer = tokio::time::timeout(PATIENCE, call(client)).await;
+        self.judge(answer)
+    }
+
+    fn judge<T>(
+        &mut self,
+        answer: Result<Result<tonic::Response<T>, Status>, tokio::time::error::Elapsed>,
+    ) -> Outcome<T> {
+        match answer {
             Ok(Ok(answer)) => Outcome::Done(answer.into_inner()),
             Ok(Err(status)) => match status.code() {
                 Code::InvalidArgument
@@ -366,15 +374,19 @@ impl Client {
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let outcome = self.call(call).await;
-        count(|counts| match &outcome {
+        self.wrote(&outcome);
+        outcome
+    }
+
+    fn wrote<T>(&self, outcome: &Outcome<T>) {
+        count(|counts| match outcome {
             Outcome::Done(_) => counts.acknowledged += 1,
             Outcome::Refused(_) => counts.refused += 1,
             Outcome::Unknown => counts.unknown += 1,
         });
-        if let Outcome::Refused(status) = &outcome {
+        if let Outcome::Refused(status) = outcome {
             tracing::debug!(client = self.name, %status, "refused");
         }
-        outcome
     }
 
     async fn one(&mut self) {
@@ -442,6 +454,24 @@ impl Client {
         } else {
             UpdateOrder::StopFirst
         };
+        let machines = crate::plan::machines();
+        let constraint = self.dice.once_in(5);
+        let constraint =
+            constraint.then(|| format!("node.hostname != h{}", self.dice.below(machines)));
+        let port = (!global && self.dice.once_in(5)).then(|| PortConfig {
+            target_port: 80,
+            // One per service: how many there are must not decide whether all can be placed.
+            published_port: self.port_of(name),
+            publish_mode: PublishMode::Host.into(),
+            ..Default::default()
+        });
+        let mode = match (mode, &port) {
+            // Nodes enough, also while an update starts first, and with one node excluded.
+            (Mode::Replicated(_), Some(_)) => Mode::Replicated(ReplicatedMode {
+                replicas: Some(self.dice.between(0, 1)),
+            }),
+            (mode, _) => mode,
+        };
         ServiceSpec {
             annotations: Some(Annotations {
                 name: name.to_owned(),
@@ -458,6 +488,14 @@ impl Client {
                 }),
                 networks,
                 force_update: self.dice.below(3),
+                placement: constraint.map(|constraint| Placement {
+                    constraints: vec![constraint],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            endpoint: port.map(|port| EndpointSpec {
+                ports: vec![port],
                 ..Default::default()
             }),
             mode: Some(ServiceMode { mode: Some(mode) }),
@@ -470,6 +508,11 @@ impl Client {
             }),
             ..Default::default()
         }
+    }
+
+    fn port_of(&self, name: &str) -> u32 {
+        let hash = world::digest(name.as_bytes());
+        1024 + (hash % 60_000) as u32
     }
 
     async fn create_service(&mut self) {
@@ -550,6 +593,9 @@ impl Client {
         let mark = self.mark();
         let mode = now.spec.as_ref().and_then(|spec| spec.mode.as_ref());
         let global = matches!(mode.and_then(|mode| mode.mode), Some(Mode::Global(_)));
+        if self.dice.once_in(5) {
+            return self.update_twice(&name, now, global).await;
+        }
         let stale = self.dice.once_in(12);
         let version = version_of(&now).saturating_sub(u64::from(stale));
         let request = UpdateServiceRequest {
@@ -574,6 +620,45 @@ impl Client {
                 }
             }
             Outcome::Unknown => {}
+        }
+    }
+
+    /// Two updates from one version at the same time, from any two managers: one is taken at most.
+    async fn update_twice(&mut self, name: &str, now: Service, global: bool) {
+        let (one, other) = (self.mark(), self.mark());
+        let mut request = |mark| UpdateServiceRequest {
+            service_id: now.id.clone(),
+            version: version_of(&now),
+            spec: Some(self.spec(name, mark, global)),
+        };
+        let (first, second) = (request(one), request(other));
+        let (Some(mut left), Some(mut right)) = (self.control(), self.control()) else {
+            return;
+        };
+        if let Some(owned) = self.services.get_mut(name) {
+            owned.maybe.extend([one, other]);
+        }
+        let (left, right) = futures::future::join(
+            tokio::time::timeout(PATIENCE, left.update_service(first)),
+            tokio::time::timeout(PATIENCE, right.update_service(second)),
+        )
+        .await;
+        let outcomes = [(one, self.judge(left)), (other, self.judge(right))];
+        let taken = |(_, outcome): &&(u64, Outcome<Service>)| matches!(outcome, Outcome::Done(_));
+        if outcomes.iter().filter(taken).count() > 1 {
+            check::complain(format!("{name}: two updates from one version were taken"));
+        }
+        for (mark, outcome) in outcomes {
+            self.wrote(&outcome);
+            match outcome {
+                Outcome::Done(service) => self.learn(name, mark, Some(service)),
+                Outcome::Refused(_) => {
+                    if let Some(owned) = self.services.get_mut(name) {
+                        owned.maybe.retain(|maybe| *maybe != mark);
+                    }
+                }
+                Outcome::Unknown => {}
+            }
         }
     }
 
