@@ -32,12 +32,15 @@ struct Args {
     /// Put back this bug (docs/museum.md).
     #[arg(long)]
     bug: Option<String>,
+    /// Of the museum, this bug only.
+    #[arg(long)]
+    only: Option<String>,
     /// Run this seed alone, and say more of it.
     #[arg(long)]
     seed: Option<u64>,
-    /// Run so many seeds.
-    #[arg(long, default_value_t = 20)]
-    seeds: u64,
+    /// Run so many seeds (20; 1 with --twice; 1000 at most for each bug of the museum).
+    #[arg(long)]
+    seeds: Option<u64>,
     /// The first of them.
     #[arg(long, default_value_t = 1)]
     first: u64,
@@ -47,7 +50,7 @@ struct Args {
     /// Processes at once.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
-    /// Run the seed (the first, if none is given) twice, and compare.
+    /// Run the seed, or the first ones, twice, and compare.
     #[arg(long)]
     twice: bool,
     /// Name each seed that passed.
@@ -128,9 +131,10 @@ fn main() -> ExitCode {
         return museum::run(&args);
     }
     if args.twice {
-        return runner::twice(&args, args.seed.unwrap_or(args.first));
+        let first = args.seed.unwrap_or(args.first);
+        return runner::all_twice(&args, first..first + args.seeds.unwrap_or(1));
     }
-    runner::many(&args, args.first, args.seeds)
+    runner::many(&args, args.first, args.seeds.unwrap_or(20))
 }
 
 fn one(args: &Args, seed: u64) -> ExitCode {

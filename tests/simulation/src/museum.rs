@@ -7,7 +7,9 @@ pub use without::{put_back, run};
 
 #[cfg(feature = "museum")]
 mod with {
+    use std::io::Write as _;
     use std::process::ExitCode;
+    use std::sync::Mutex;
     use std::time::Instant;
 
     use swarm_proto::museum::{self, ALL};
@@ -28,14 +30,16 @@ mod with {
     /// Each bug, seed after seed until it is caught.
     pub fn run(args: &Args) -> ExitCode {
         let mut args = args.clone();
-        let only = args.bug.clone();
+        let only = args.only.clone().or_else(|| args.bug.clone());
+        let sound = Mutex::default();
         let chosen = |name: &str| only.as_deref().is_none_or(|only| only == name);
         let exhibits: Vec<_> = ALL.iter().filter(|exhibit| chosen(exhibit.name)).collect();
         let mut caught = 0;
         for exhibit in &exhibits {
             let began = Instant::now();
             args.bug = Some(exhibit.name.to_owned());
-            match runner::until_failure(&args, args.first, args.seeds) {
+            let seeds = args.seeds.unwrap_or(1000);
+            match runner::until_caught(&args, args.first, seeds, &sound) {
                 Some((seed, reason)) => {
                     caught += 1;
                     println!(
@@ -49,12 +53,13 @@ mod with {
                 None => println!(
                     "{}: NOT caught in {} seeds, {:.0} s ({}; to be caught by: {})",
                     exhibit.name,
-                    args.seeds,
+                    seeds,
                     began.elapsed().as_secs_f64(),
                     exhibit.what,
                     exhibit.caught_by,
                 ),
             }
+            let _ = std::io::stdout().flush();
         }
         println!("caught {caught} of {}", exhibits.len());
         // Nine in ten.

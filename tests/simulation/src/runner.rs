@@ -1,5 +1,7 @@
 //! Runs seeds, each in a process of its own, and says how they went.
 
+#[cfg(feature = "museum")]
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -119,9 +121,31 @@ pub fn many(args: &Args, first: u64, count: u64) -> ExitCode {
     }
 }
 
-/// Runs seed after seed until one fails: which, and why.
+/// Runs seed after seed until one fails with the bug of `args` and passes without it: which, and
+/// why. The earliest of those that were begun. `sound` remembers how seeds go without a bug.
 #[cfg(feature = "museum")]
-pub fn until_failure(args: &Args, first: u64, count: u64) -> Option<(u64, String)> {
+pub fn until_caught(
+    args: &Args,
+    first: u64,
+    count: u64,
+    sound: &Mutex<BTreeMap<u64, bool>>,
+) -> Option<(u64, String)> {
+    let without = Args {
+        bug: None,
+        ..args.clone()
+    };
+    let passes = |seed: u64| {
+        let known = |sound: &Mutex<BTreeMap<u64, bool>>| {
+            let sound = sound.lock().unwrap_or_else(PoisonError::into_inner);
+            sound.get(&seed).copied()
+        };
+        known(sound).unwrap_or_else(|| {
+            let passes = child(&without, seed).failure.is_none();
+            let mut sound = sound.lock().unwrap_or_else(PoisonError::into_inner);
+            sound.insert(seed, passes);
+            passes
+        })
+    };
     let next = AtomicU64::new(0);
     let found: Mutex<Option<(u64, String)>> = Mutex::new(None);
     std::thread::scope(|scope| {
@@ -133,8 +157,14 @@ pub fn until_failure(args: &Args, first: u64, count: u64) -> Option<(u64, String
                     if at >= count || lock().is_some() {
                         break;
                     }
-                    if let Some(reason) = child(args, first + at).failure {
-                        lock().get_or_insert((first + at, reason));
+                    let seed = first + at;
+                    if let Some(reason) = child(args, seed).failure
+                        && passes(seed)
+                    {
+                        let mut found = lock();
+                        if found.as_ref().is_none_or(|(known, _)| *known > seed) {
+                            *found = Some((seed, reason));
+                        }
                     }
                 }
             });
@@ -143,8 +173,19 @@ pub fn until_failure(args: &Args, first: u64, count: u64) -> Option<(u64, String
     found.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Runs each of these seeds twice.
+pub fn all_twice(args: &Args, seeds: std::ops::Range<u64>) -> ExitCode {
+    for seed in seeds {
+        let same = twice(args, seed);
+        if same != ExitCode::SUCCESS {
+            return same;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
 /// Runs a seed twice: it must do the same both times.
-pub fn twice(args: &Args, seed: u64) -> ExitCode {
+fn twice(args: &Args, seed: u64) -> ExitCode {
     let (one, two) = std::thread::scope(|scope| {
         let one = scope.spawn(|| child(args, seed));
         let two = child(args, seed);
