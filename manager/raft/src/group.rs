@@ -54,8 +54,6 @@ const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
 const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 /// For handing leadership over.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(3);
-/// No longer wait between two times that a member asks whether it still is one.
-const DOUBT_WAIT: Duration = Duration::from_secs(2);
 /// Waits between attempts grow from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(400));
 
@@ -157,7 +155,6 @@ impl ReadRounds {
 struct Attempts {
     give_up: Instant,
     wait: Duration,
-    longest: Duration,
 }
 
 impl Attempts {
@@ -165,15 +162,6 @@ impl Attempts {
         Self {
             give_up: Instant::now() + patience,
             wait: BACKOFF.0,
-            longest: BACKOFF.1,
-        }
-    }
-
-    /// Without an end.
-    fn up_to(longest: Duration) -> Self {
-        Self {
-            longest,
-            ..Self::new(Duration::ZERO)
         }
     }
 
@@ -183,7 +171,7 @@ impl Attempts {
 
     fn next_wait(&mut self) -> Duration {
         let wait = self.wait;
-        self.wait = (wait * 2).min(self.longest);
+        self.wait = (wait * 2).min(BACKOFF.1);
         // Several who wait for the same leader need not all come at once.
         wait.mul_f64(rand::random_range(0.5..1.5))
     }
@@ -998,7 +986,7 @@ impl Group {
     /// on, asks whether it still is one whenever it is in doubt. Ends when the group has taken it
     /// out for good, which only a leader that has heard from a quorum can know.
     pub(crate) async fn belong(self: Arc<Self>, remotes: Vec<String>) {
-        let mut attempts = Attempts::up_to(DOUBT_WAIT);
+        let mut attempts = Attempts::new(Duration::ZERO);
         let mut refused = None;
         while !self.leaving.is_cancelled() {
             let wait = if self.is_in() && !self.in_doubt() {
@@ -1007,7 +995,7 @@ impl Group {
                     *entered = Some(Ok(()));
                     news
                 });
-                attempts = Attempts::up_to(DOUBT_WAIT);
+                attempts = Attempts::new(Duration::ZERO);
                 self.timing.election_max
             } else {
                 match self.ask_in(&remotes).await {

@@ -100,6 +100,15 @@ fn hand_overs(
         wait_managers(cluster, &writer, 2)?;
         cluster.swarm(&writer, &["node", "promote", &old])?;
         wait_managers(cluster, &writer, 3)?;
+        // The leader counts on it a little before it answers itself.
+        crate::lab::wait_until(
+            crate::cluster::PATIENCE,
+            "the promoted manager answers",
+            || {
+                let answer = cluster.run(&old, &["swarm", "node", "ls"])?;
+                Ok(answer.status.success().then_some(()))
+            },
+        )?;
     }
     Ok(())
 }
