@@ -472,7 +472,8 @@ async fn a_small_init_reaps_passes_signals_on_and_ends_as_its_child() {
     );
 }
 
-#[tokio::test]
+// The session kills on another thread while this one looks.
+#[tokio::test(flavor = "multi_thread")]
 async fn an_exec_whose_shim_is_killed_ends_with_its_process() {
     let host = Host::new();
     let runtime = host.runtime();
