@@ -93,6 +93,11 @@ fn vni_of(network: &Network, addr: &str) -> u32 {
     subnet.map_or(0, |subnet| subnet.vni)
 }
 
+/// Whether a change takes a task out of balancing that stays for a while.
+pub(super) fn withdraws(change: &AssignmentChange) -> bool {
+    matches!(&change.change, Some(Kind::Endpoint(row)) if row.draining)
+}
+
 /// The row of a service in the table of a network; `None` if it has none.
 fn service_row(network: &str, service: &Service) -> Option<ServiceEntry> {
     let spec = service.spec.as_ref()?;

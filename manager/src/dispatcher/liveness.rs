@@ -279,7 +279,7 @@ impl Liveness {
             .insert(node.clone(), revision);
     }
 
-    /// The node has acknowledged a newer revision: somebody may wait for it, so the leader is told at once.
+    /// The node has acknowledged a revision that somebody may wait for: the leader is told at once.
     pub(super) fn applied(&self, node: &NodeId, revision: u64) {
         self.heard(node, revision);
         self.shared.urgent.notify_one();

@@ -9,6 +9,7 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::Stream;
@@ -29,7 +30,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-use super::assignments::{AssignmentSet, messages};
+use super::assignments::{AssignmentSet, messages, withdraws};
 use super::hub::{Hub, Update, removed};
 use super::intake::{Intake, Report};
 use super::liveness::{Liveness, grace, heartbeat_period};
@@ -90,6 +91,7 @@ impl dispatcher_server::Dispatcher for Sessions {
             remote: swarm_identity::remote_addr(&request),
             node_id: node_id.clone(),
             outbound,
+            awaited: AtomicU64::new(0),
         };
         let span = tracing::info_span!("session", node = %node_id);
         let inbound = request.into_inner();
@@ -104,6 +106,8 @@ struct Session {
     remote: Option<SocketAddr>,
     node_id: NodeId,
     outbound: Outbound,
+    /// The newest revision sent that takes a task out of balancing: the leader may wait for it.
+    awaited: AtomicU64,
 }
 
 impl Session {
@@ -254,9 +258,12 @@ impl Session {
             };
             match message.message {
                 Some(agent_message::Message::Ack(ack)) => {
-                    revision = ack.revision;
-                    self.sessions.liveness.applied(&self.node_id, revision);
-                    continue;
+                    let awaited = self.awaited.load(Ordering::Relaxed);
+                    let before = std::mem::replace(&mut revision, ack.revision);
+                    if before < awaited && awaited <= revision {
+                        self.sessions.liveness.applied(&self.node_id, revision);
+                        continue;
+                    }
                 }
                 Some(agent_message::Message::Goodbye(_)) => {
                     self.sessions.liveness.left(&self.node_id);
@@ -365,6 +372,7 @@ impl Session {
             Update::Complete(state) => {
                 let changes = AssignmentSet::complete(&state, &self.node_id);
                 let revision = state.index();
+                self.awaited.store(revision, Ordering::Relaxed);
                 for message in messages(AssignmentsType::Complete, 0, revision, changes) {
                     self.send(manager_message::Message::Assignments(message))
                         .await?;
@@ -375,7 +383,11 @@ impl Session {
                 results_in,
                 changes,
             } => {
-                let changes = changes.iter().flat_map(|part| part.iter().cloned());
+                let changes = changes.iter().flat_map(|part| part.iter());
+                if changes.clone().any(withdraws) {
+                    self.awaited.store(results_in, Ordering::Relaxed);
+                }
+                let changes = changes.cloned();
                 let kind = AssignmentsType::Incremental;
                 for message in messages(kind, applies_to, results_in, changes) {
                     self.send(manager_message::Message::Assignments(message))
