@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::assignments::{is_assigned, networks_of, state_of};
 use super::liveness::Liveness;
-use crate::leader::{Fed, Feed, Group, LeaderLoop, LoopContext};
+use crate::leader::{Fed, Feed, Group, LeaderLoop, LoopContext, sleep_until};
 
 /// A task is stopped after this long, whoever has acknowledged.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -71,13 +71,6 @@ async fn run(context: LoopContext, liveness: Liveness) {
             () = liveness.newer(), if !waiting.is_empty() => tokio::time::sleep(TOGETHER).await,
             () = sleep_until(verdict.next) => {}
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }
 
