@@ -365,6 +365,48 @@ async fn an_agent_gets_its_set_and_then_every_change_to_it() {
 }
 
 #[tokio::test]
+async fn the_leader_hears_at_once_that_a_withdrawal_is_applied() {
+    // With a heartbeat nobody would hear of it here.
+    let served = Served::start(Duration::from_secs(3600), &["w1", "w2"]).await;
+    let write = |actions: Vec<_>| served.consensus.write(actions).expect("valid");
+    write(vec![
+        create(network("n", "net", "10.1.0.0/24")),
+        create(service("s", "web", &["n"])),
+        create(assigned("t1", "s", &["n"], "w1")),
+        create(assigned("t2", "s", &["n"], "w2")),
+    ]);
+    let mut w1 = served.agent("w1").await;
+    let complete = w1.assignments().await.results_in;
+    let ack = |revision| agent_message::Message::Ack(AssignmentsAck { revision });
+    // It hears of the session itself at once in any case.
+    let heard = async |revision| {
+        let hearing = async {
+            while served.dispatcher.liveness().acknowledged("w1") < revision {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, hearing)
+            .await
+            .expect("in time");
+    };
+    w1.say(ack(complete)).await;
+    heard(complete).await;
+
+    let mut ended = (**served.consensus.store().state().task("t2").expect("there")).clone();
+    ended.desired_state = TaskState::Shutdown.into();
+    write(vec![update(ended)]);
+    let withdrawal = loop {
+        let change = w1.assignments().await;
+        if said(&change).iter().any(|row| row.ends_with("draining")) {
+            break change.results_in;
+        }
+    };
+    w1.say(ack(withdrawal)).await;
+    heard(withdrawal).await;
+    served.stop().await;
+}
+
+#[tokio::test]
 async fn an_agent_reports_on_its_own_tasks_in_its_own_states_only() {
     let served = Served::start(Duration::from_secs(5), &["w1", "w2"]).await;
     let made = [
