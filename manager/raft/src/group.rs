@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -773,8 +774,7 @@ impl Group {
     pub(crate) async fn remove_member(&self, raft_id: u64) -> Result<(), MembershipError> {
         {
             let _turn = self.one_change.acquire().await.map_err(failed)?;
-            let metrics = self.leader_metrics()?;
-            let members = members_of(&metrics, self.raft_id, self.reach_window());
+            let members = self.members_without(raft_id).await?;
             let Some(member) = members.iter().find(|member| member.raft_id == raft_id) else {
                 return Ok(());
             };
@@ -793,6 +793,32 @@ impl Group {
         }
         self.hand_over().await?;
         self.ask_to_leave().await
+    }
+
+    /// The members, by whom it is decided whether `raft_id` may go. A leader that was elected just
+    /// now has not heard from everybody yet: for those who would decide it waits as long as a
+    /// member may be silent that counts as reachable.
+    async fn members_without(&self, raft_id: u64) -> Result<Vec<Member>, MembershipError> {
+        let mut watched = self.raft.metrics();
+        let mut patience = pin!(tokio::time::sleep(self.reach_window()));
+        loop {
+            let metrics = watched.borrow_watched().clone();
+            if !metrics.state.is_leader() {
+                return Err(MembershipError::NotLeader);
+            }
+            let members = members_of(&metrics, self.raft_id, self.reach_window());
+            let voter = |member: &Member| member.voter && member.raft_id == raft_id;
+            let decided = !members.iter().any(voter)
+                || may_remove(&members, raft_id).is_ok()
+                || all_heard(&metrics, self.raft_id);
+            if decided {
+                return Ok(members);
+            }
+            tokio::select! {
+                changed = watched.changed() => changed.map_err(failed)?,
+                () = &mut patience => return Ok(members),
+            }
+        }
     }
 
     /// Hands leadership to the voter that has most, and waits until it is gone.
@@ -1213,6 +1239,15 @@ fn members_of(metrics: &RaftMetrics<TypeConfig>, me: u64, reach_window: Duration
             reachable: reachable(raft_id),
         })
         .collect()
+}
+
+/// Leader: whether every other voter has answered it since it was elected.
+fn all_heard(metrics: &RaftMetrics<TypeConfig>, me: u64) -> bool {
+    let Some(heartbeats) = &metrics.heartbeat else {
+        return true;
+    };
+    let mut voters = metrics.membership_config.voter_ids();
+    voters.all(|id| id == me || heartbeats.get(&id).copied().flatten().is_some())
 }
 
 /// Whether the group can commit without `raft_id`, and can commit that it goes.

@@ -761,6 +761,35 @@ async fn members_leave_only_while_quorum_stays() {
     assert!(refused.to_string().contains("last manager"), "{refused}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_has_just_been_elected_can_take_the_dead_one_out() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let lead = leader(&hosts).await;
+    let dead = hosts[lead].node().raft_id();
+    hosts[lead].kill();
+    let removal = |host: &Host| {
+        let node = host.node().clone();
+        // From the first moment in which it leads: nobody has answered it then.
+        async move {
+            loop {
+                match node.remove_member(dead).await {
+                    Err(MembershipError::NotLeader) => tokio::task::yield_now().await,
+                    removed => return removed,
+                }
+            }
+        }
+    };
+    let (one, two) = ((lead + 1) % 3, (lead + 2) % 3);
+    let removed = async {
+        tokio::select! {
+            removed = removal(&hosts[one]) => removed,
+            removed = removal(&hosts[two]) => removed,
+        }
+    };
+    within("removing the dead one", removed).await.unwrap();
+}
+
 /// Takes a member out of the group and its raft ID from its node, as a demotion does.
 async fn demote(leading: &RaftNode, id: &str, raft_id: u64) {
     leading.remove_member(raft_id).await.unwrap();
