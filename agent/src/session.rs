@@ -3,7 +3,8 @@
 //!
 //! One loop. Losing the session changes nothing on the node: the loop goes to
 //! another manager at once and, when all have been tried, waits longer and
-//! longer with jitter. Heartbeats leave on a timer of their own; nothing slow
+//! longer with jitter. A manager that no leader hears says so: the session is kept,
+//! and given up for the first other manager that is heard. Heartbeats leave on a timer of their own; nothing slow
 //! happens in this loop. A silent connection is ended by HTTP/2 keep-alive,
 //! which the [`Connector`] must have switched on.
 
@@ -12,10 +13,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use rand::seq::SliceRandom as _;
 use swarm_proto::SessionId;
-use swarm_proto::defaults::{HEARTBEAT, MESSAGE_MAX};
+use swarm_proto::defaults::{HEARTBEAT, MESSAGE_MAX, SESSION_BACKOFF_MAX};
 use swarm_proto::v1::agent_message::Message as ToManager;
 use swarm_proto::v1::dispatcher_client::DispatcherClient;
+use swarm_proto::v1::dispatcher_server::SERVICE_NAME as DISPATCHER;
 use swarm_proto::v1::manager_message::Message as FromManager;
 use swarm_proto::v1::{
     AgentMessage, AssignmentsAck, Goodbye, Heartbeat, ManagerMessage, NodeDescription, Register,
@@ -27,6 +31,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::agent::Request;
 use crate::programmer::Programmed;
@@ -36,7 +43,11 @@ use crate::worker::Assembler;
 /// The first wait between two rounds over all managers.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// The longest.
-const BACKOFF_MAX: Duration = Duration::from_secs(8);
+const BACKOFF_MAX: Duration = SESSION_BACKOFF_MAX;
+/// The longest wait between two rounds of asking managers, to which connections are open, whether
+/// they are heard, and for one answer.
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(1);
+const ASK_PATIENCE: Duration = Duration::from_secs(1);
 /// A manager that has not registered the node by then is given up.
 const REGISTER_MAX: Duration = Duration::from_secs(5);
 /// For the last messages of a node that leaves.
@@ -106,6 +117,8 @@ enum SessionError {
     Protocol(String),
     #[error("manager {0} takes no messages")]
     Stuck(String),
+    #[error("no leader hears manager {addr}; manager {other} is heard")]
+    Leaderless { addr: String, other: String },
     #[error(transparent)]
     Set(#[from] crate::worker::SetError),
     #[error("cannot take assignments: {0}")]
@@ -147,6 +160,9 @@ impl SessionLoop {
             });
             if let Some(addr) = &addr {
                 choice.failed(addr, registered && began.elapsed() > BACKOFF_MAX);
+            }
+            if let SessionError::Leaderless { other, .. } = error {
+                choice.prefer(other);
             }
             let wait = choice.wait(&mut rand::rng());
             tokio::select! {
@@ -209,7 +225,9 @@ impl SessionLoop {
             applying: None,
             applied: false,
             acked: None,
+            heard_manager: None,
         };
+        live.stand(self);
         live.run(self, period).await
     }
 
@@ -249,6 +267,8 @@ struct Live {
     /// A set of this session was taken.
     applied: bool,
     acked: Option<u64>,
+    /// While no leader hears this manager: looks for one that is heard.
+    heard_manager: Option<BoxFuture<'static, String>>,
 }
 
 /// Why the worker did not take a set.
@@ -294,6 +314,9 @@ impl Live {
                     }
                     self.acknowledge(at);
                 }
+                other = found(&mut self.heard_manager) => {
+                    return Err(SessionError::Leaderless { addr: self.addr.clone(), other });
+                }
                 () = at.reporter.changed(), if room => {
                     if let Some(report) = at.reporter.next_report() {
                         self.send(ToManager::Status(report));
@@ -337,7 +360,10 @@ impl Live {
                 return Err(SessionError::Protocol(self.addr.clone()));
             }
             Some(FromManager::StatusAck(ack)) => at.reporter.acknowledged(ack.sequence),
-            Some(FromManager::Info(info)) => at.learn(info),
+            Some(FromManager::Info(info)) => {
+                at.learn(info);
+                self.stand(at);
+            }
             Some(FromManager::Assignments(piece)) => {
                 let Some(set) = self.assembler.push(piece)? else {
                     return Ok(());
@@ -351,6 +377,22 @@ impl Live {
             }
         }
         Ok(())
+    }
+
+    /// Begins or ends the search for another manager, as this one says that it is heard.
+    fn stand(&mut self, at: &SessionLoop) {
+        let state = at.state.borrow();
+        let info = state.info.as_ref().filter(|info| info.leaderless);
+        match info {
+            None => self.heard_manager = None,
+            Some(info) if self.heard_manager.is_none() => {
+                let others = info.managers.iter().map(|manager| manager.addr.clone());
+                let others = others.filter(|addr| !addr.is_empty() && *addr != self.addr);
+                let search = heard_manager(at.connector.clone(), others.collect());
+                self.heard_manager = Some(Box::pin(search));
+            }
+            Some(_) => {}
+        }
     }
 
     /// Tells the manager what the kernel has, once a set of this session was taken.
@@ -416,6 +458,41 @@ async fn taken(
     }
 }
 
+async fn found(search: &mut Option<BoxFuture<'static, String>>) -> String {
+    match search {
+        Some(search) => search.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Asks managers until one says that a leader hears it.
+async fn heard_manager(connector: Arc<dyn Connector>, addrs: Vec<String>) -> String {
+    let mut others: Vec<(String, HealthClient<Channel>)> = addrs
+        .into_iter()
+        .filter_map(|addr| {
+            let channel = connector.channel(&addr).ok()?;
+            Some((addr, HealthClient::new(channel)))
+        })
+        .collect();
+    let mut wait = BACKOFF_MIN;
+    loop {
+        others.shuffle(&mut rand::rng());
+        for (addr, client) in &mut others {
+            let asked = client.check(HealthCheckRequest {
+                service: DISPATCHER.into(),
+            });
+            let answer = tokio::time::timeout(ASK_PATIENCE, asked).await;
+            if let Ok(Ok(answer)) = answer
+                && answer.into_inner().status() == ServingStatus::Serving
+            {
+                return addr.clone();
+            }
+        }
+        tokio::time::sleep(wait.mul_f64(rand::random_range(0.5..1.0))).await;
+        wait = (wait * 2).min(ASK_AGAIN_MAX);
+    }
+}
+
 fn message(body: ToManager) -> AgentMessage {
     AgentMessage {
         message: Some(body),
@@ -442,6 +519,8 @@ struct Choice {
     /// Failures in a row of each known address.
     failures: BTreeMap<String, u32>,
     last: Option<String>,
+    /// Said to be the one to take next.
+    preferred: Option<String>,
 }
 
 impl Choice {
@@ -462,6 +541,11 @@ impl Choice {
 
     /// One of those that failed least, not the last one if there is another.
     fn next(&mut self, rng: &mut impl rand::Rng) -> Option<String> {
+        let preferred = self.preferred.take();
+        if let Some(addr) = preferred.filter(|addr| self.failures.contains_key(addr)) {
+            self.last = Some(addr.clone());
+            return Some(addr);
+        }
         let fewest = self
             .failures
             .iter()
@@ -482,6 +566,11 @@ impl Choice {
         Some(chosen)
     }
 
+    /// This one is to be taken next, at once.
+    fn prefer(&mut self, addr: String) {
+        self.preferred = Some(addr);
+    }
+
     /// The attempt or session ended. One that had held for long clears the record of all.
     fn failed(&mut self, addr: &str, held_long: bool) {
         if held_long {
@@ -496,6 +585,7 @@ impl Choice {
     fn wait(&self, rng: &mut impl rand::Rng) -> Duration {
         let fewest = self.failures.values().min().copied();
         match fewest {
+            _ if self.preferred.is_some() => Duration::ZERO,
             Some(0) => Duration::ZERO,
             // Nobody is known: look again when somebody may have told us.
             None => BACKOFF_MAX,
@@ -547,6 +637,24 @@ mod tests {
             longest = longest.max(wait);
         }
         assert!(longest > BACKOFF_MAX / 2);
+    }
+
+    #[test]
+    fn the_manager_that_is_known_to_be_heard_is_tried_next_and_at_once() {
+        let mut rng = rand::rngs::StdRng::seed_from_u64(1);
+        let mut choice = choice(&["a:1", "b:1", "c:1"]);
+        for addr in ["a:1", "b:1", "c:1"] {
+            choice.failed(addr, false);
+            choice.failed(addr, false);
+        }
+        assert!(!choice.wait(&mut rng).is_zero());
+        choice.prefer("c:1".to_owned());
+        assert!(choice.wait(&mut rng).is_zero());
+        assert_eq!(choice.next(&mut rng).as_deref(), Some("c:1"));
+        assert!(!choice.wait(&mut rng).is_zero());
+        // One that is no manager any more is not.
+        choice.prefer("d:1".to_owned());
+        assert_ne!(choice.next(&mut rng).as_deref(), Some("d:1"));
     }
 
     #[test]

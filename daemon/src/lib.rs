@@ -21,6 +21,8 @@ use anyhow::Result;
 use swarm_proto::defaults::MESSAGE_MAX;
 use swarm_proto::v1::node_local_server::NodeLocalServer;
 use tonic::service::Routes;
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
 
 pub use crate::environment::{Environment, Host, ThisHost, Tune};
 use crate::local::LocalService;
@@ -46,19 +48,20 @@ pub fn local_services(node: Arc<Node>, slot: ManagerSlot) -> Result<Switch> {
 fn local_routes(node: Arc<Node>) -> Result<Routes> {
     let local =
         NodeLocalServer::new(LocalService::new(node)).max_decoding_message_size(MESSAGE_MAX);
-    with_reflection(Routes::new(local))
+    // A listener serves as long as it is there: the empty name is the server itself.
+    with_reflection(Routes::new(local), HealthReporter::new())
 }
 
 /// Adds what every listener has: reflection, so that clients need no .proto files, and health.
-pub(crate) fn with_reflection(routes: Routes) -> Result<Routes> {
+pub(crate) fn with_reflection(routes: Routes, health: HealthReporter) -> Result<Routes> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(swarm_proto::FILE_DESCRIPTOR_SET)
     };
-    // A listener serves as long as it is there: the empty name is the server itself.
-    let (_, health) = tonic_health::server::health_reporter();
     Ok(routes
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
-        .add_service(health))
+        .add_service(HealthServer::new(HealthService::from_health_reporter(
+            health,
+        ))))
 }

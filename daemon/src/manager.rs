@@ -9,12 +9,15 @@ use anyhow::{Context as _, Result};
 use swarm_disk::{Disk, Threads};
 use swarm_identity::{AuthorizeLayer, DataKey, Identity, Listener, grpc_server};
 use swarm_manager::{Manager, ManagerConfig, ca};
+use swarm_proto::v1::dispatcher_server::SERVICE_NAME as DISPATCHER;
 use swarm_proto::v1::{NodeRole, Transaction};
 use swarm_raft::{RaftConfig, RaftNode};
 use swarm_store::Consensus as _;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use crate::environment::Tune;
 use crate::node::remove_dir;
@@ -90,6 +93,7 @@ pub struct RunningManager {
     cancel: CancellationToken,
     server: JoinHandle<()>,
     watching: JoinHandle<()>,
+    telling: JoinHandle<()>,
 }
 
 impl RunningManager {
@@ -125,7 +129,9 @@ impl RunningManager {
             Arc::clone(&context.identity),
         ));
         let cancel = CancellationToken::new();
-        let routes = crate::with_reflection(manager.routes().add_service(raft.service()))?;
+        let health = HealthReporter::new();
+        let routes = manager.routes().add_service(raft.service());
+        let routes = crate::with_reflection(routes, health.clone())?;
         let server = tokio::spawn({
             let check = ca::admission(Arc::clone(raft.store()));
             let routes = routes.clone();
@@ -145,12 +151,14 @@ impl RunningManager {
             context.fatal.clone(),
             cancel.clone(),
         ));
+        let telling = tokio::spawn(tell_standing(manager.leaderless(), health, cancel.clone()));
         let running = Self {
             raft,
             manager,
             cancel,
             server,
             watching,
+            telling,
         };
         if joining && let Err(error) = running.raft.joined().await {
             running.stop(context).await;
@@ -230,6 +238,26 @@ impl RunningManager {
             let _ = server.await;
         }
         let _ = self.watching.await;
+        let _ = self.telling.await;
+    }
+}
+
+/// Keeps the health of the dispatcher: it serves agents while a leader hears of them by it.
+async fn tell_standing(
+    mut leaderless: watch::Receiver<bool>,
+    health: HealthReporter,
+    cancel: CancellationToken,
+) {
+    loop {
+        let status = match *leaderless.borrow_and_update() {
+            true => ServingStatus::NotServing,
+            false => ServingStatus::Serving,
+        };
+        health.set_service_status(DISPATCHER, status).await;
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = leaderless.changed() => if changed.is_err() { return },
+        }
     }
 }
 

@@ -121,6 +121,12 @@ impl Manager {
         self.routes.clone()
     }
 
+    /// Whether no leader hears this manager: its agents are better off with another.
+    #[must_use]
+    pub fn leaderless(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.dispatcher.liveness().leaderless()
+    }
+
     /// Ends watches, sessions and loops; returns once the loops have ended.
     pub async fn stop(self) {
         self.stopping.cancel();

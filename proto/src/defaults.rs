@@ -11,6 +11,9 @@ pub const DATA_PATH_PORT: u16 = 4789;
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Heartbeats that may be missed before a node is Down.
 pub const HEARTBEATS_MISSED: u32 = 3;
+/// An agent without a session tries managers at least this often. A leader that comes after a time
+/// without one waits for that before it takes silence for death.
+pub const SESSION_BACKOFF_MAX: Duration = Duration::from_secs(8);
 /// Wait before the first restart of a task in a row. (Swarm: 5 s, constant.)
 pub const RESTART_DELAY: Duration = Duration::from_secs(5);
 /// The back-off between restarts grows up to this multiple of the delay.

@@ -341,3 +341,92 @@ fn a_cut_minority_changes_nothing_and_catches_up() -> Result<()> {
     })?;
     cluster.wait_ready(PATIENCE)
 }
+
+/// The manager that holds the session of a worker.
+fn session_manager(cluster: &Cluster, worker: &str, managers: &[&str]) -> Result<Option<String>> {
+    let script = "ss -Htn state established '( dport = :2377 )' | awk '{print $4}'";
+    let peers = cluster.host_sh(worker, script)?;
+    for manager in managers {
+        let addr = cluster.host_sh(manager, "hostname -I | awk '{print $1}'")?;
+        if peers
+            .lines()
+            .any(|peer| peer == format!("{}:2377", addr.trim()))
+        {
+            return Ok(Some((*manager).to_owned()));
+        }
+    }
+    Ok(None)
+}
+
+#[test]
+fn agents_whose_managers_are_lost_keep_their_tasks() -> Result<()> {
+    let mut cluster = Cluster::up(4, 3)?;
+    let managers = ["h1", "h2", "h3"];
+    let on_worker = [
+        "--constraint",
+        "node.hostname==h4",
+        &busybox(),
+        "sleep",
+        "1000000",
+    ];
+    let ids = |cluster: &Cluster, asked: &str| -> Result<Vec<String>> {
+        let tasks = cluster.wait_running(asked, "held", 1)?;
+        Ok(tasks.into_iter().map(|task| task.id).collect())
+    };
+    cluster.service("h1", "held", 1, &on_worker)?;
+    let before = ids(&cluster, "h1")?;
+
+    // The one that the agent has a session with is cut off from the other two, not from the agent.
+    let cut = session_manager(&cluster, "h4", &managers)?.context("h4 has no session")?;
+    let others: Vec<&str> = managers.into_iter().filter(|host| *host != cut).collect();
+    for other in &others {
+        cluster.cut(&cut, other)?;
+    }
+    let status = |host: &str| -> Result<String> {
+        let format = "{{.Hostname}} {{.Status}}";
+        let listing = cluster.swarm(others[0], &["node", "ls", "--format", format])?;
+        let line = listing.lines().find_map(|line| line.strip_prefix(host));
+        Ok(line.context("no such node")?.trim().to_owned())
+    };
+    wait_until(PATIENCE, "the manager that is cut off is Down", || {
+        Ok((status(&cut)? == "Down").then_some(()))
+    })?;
+    wait_until(PATIENCE, "h4 has a session with another manager", || {
+        let now = session_manager(&cluster, "h4", &others)?;
+        Ok(now.is_some().then_some(()))
+    })?;
+    ensure!(status("h4")? == "Ready", "h4 counts as silent");
+    ensure!(
+        ids(&cluster, others[0])? == before,
+        "the task on h4 was replaced"
+    );
+    cluster.heal()?;
+    cluster.wait_ready(PATIENCE)?;
+
+    // All managers are away for so long that the agent has long waits between its attempts.
+    let attempts = |cluster: &Cluster| -> Result<usize> {
+        Ok(cluster.log("h4")?.matches("no session").count())
+    };
+    let until = attempts(&cluster)? + 24;
+    for manager in managers {
+        cluster.kill(manager)?;
+    }
+    wait_until(
+        PATIENCE,
+        "h4 has tried all managers again and again",
+        || Ok((attempts(&cluster)? >= until).then_some(())),
+    )?;
+    for manager in managers {
+        cluster.start(manager)?;
+    }
+    wait_until(PATIENCE, "h4 has a session again", || {
+        let now = session_manager(&cluster, "h4", &managers)?;
+        Ok(now.is_some().then_some(()))
+    })?;
+    cluster.wait_ready(PATIENCE)?;
+    ensure!(
+        ids(&cluster, "h1")? == before,
+        "the task on h4 was replaced"
+    );
+    Ok(())
+}

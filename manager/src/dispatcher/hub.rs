@@ -12,7 +12,7 @@ use std::sync::Arc;
 use swarm_proto::v1::{ManagerPeer, Node, SessionInfo};
 use swarm_proto::{NetworkId, NodeId, SessionId, defaults};
 use swarm_store::{Change, Consensus, Event, State, Store, Watch, WatchError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -105,19 +105,21 @@ impl Hub {
 /// The registry and its loop.
 pub(super) fn hub(
     consensus: Arc<dyn Consensus>,
+    leaderless: watch::Receiver<bool>,
     cancel: CancellationToken,
 ) -> (Hub, impl Future<Output = ()> + Send) {
     let (commands, received) = mpsc::channel(COMMANDS);
     let (state, watch) = consensus.store().watch();
     let registry = Registry {
         managers: managers_of(&state),
+        leaderless: *leaderless.borrow(),
         state,
         sessions: HashMap::new(),
         holders: HashMap::new(),
     };
     (
         Hub { commands },
-        run(consensus, registry, watch, received, cancel),
+        run(consensus, registry, watch, received, leaderless, cancel),
     )
 }
 
@@ -126,6 +128,7 @@ async fn run(
     mut registry: Registry,
     mut watch: Watch,
     mut commands: mpsc::Receiver<Command>,
+    mut leaderless: watch::Receiver<bool>,
     cancel: CancellationToken,
 ) {
     loop {
@@ -135,6 +138,10 @@ async fn run(
                 Some(command) => registry.obey(command),
                 None => return,
             },
+            Ok(()) = leaderless.changed() => {
+                let leaderless = *leaderless.borrow_and_update();
+                registry.stand(leaderless);
+            }
             change = watch.next() => {
                 let changes = change.and_then(|first| drain(first, &mut watch));
                 match changes {
@@ -168,6 +175,8 @@ struct Registry {
     state: Arc<State>,
     /// All managers in that state.
     managers: Vec<ManagerPeer>,
+    /// No leader hears this manager.
+    leaderless: bool,
     sessions: HashMap<NodeId, Entry>,
     /// Nodes with a session that hold each network.
     holders: HashMap<NetworkId, BTreeSet<NodeId>>,
@@ -230,7 +239,7 @@ impl Registry {
         // The queue is empty: it fits.
         let _ = queue.try_send(Update::Complete(self.state.clone()));
         let registered = Registered {
-            info: session_info(&self.state, &self.managers, &node_id),
+            info: self.info(&node_id),
             updates,
             queue,
             ended,
@@ -405,9 +414,34 @@ impl Registry {
                     .map(|node| (node.spec.clone(), node.role))
             };
             if everyone || own(prior) != own(&self.state) {
-                let info = session_info(&self.state, &self.managers, &node_id);
+                let info = self.info(&node_id);
                 self.send(&node_id, Update::Info(Box::new(info)));
             }
+        }
+    }
+
+    /// Tells all sessions whether a leader hears this manager.
+    fn stand(&mut self, leaderless: bool) {
+        self.leaderless = leaderless;
+        for node_id in self.sessions.keys().cloned().collect::<Vec<_>>() {
+            let info = self.info(&node_id);
+            self.send(&node_id, Update::Info(Box::new(info)));
+        }
+    }
+
+    /// What a session must know beside its assignments.
+    fn info(&self, node_id: &NodeId) -> SessionInfo {
+        let cluster = self.state.cluster();
+        let port = cluster.map_or(0, |cluster| cluster.data_path_port);
+        SessionInfo {
+            node: self.state.node(node_id).map(|node| (**node).clone()),
+            managers: self.managers.clone(),
+            root_ca_pem: cluster.map_or_else(bytes::Bytes::new, |cluster| root_of(cluster)),
+            data_path_port: match port {
+                0 => defaults::DATA_PATH_PORT.into(),
+                port => port,
+            },
+            leaderless: self.leaderless,
         }
     }
 
@@ -461,21 +495,6 @@ fn managers_of(state: &State) -> Vec<ManagerPeer> {
     managers.collect()
 }
 
-/// What a session must know beside its assignments.
-fn session_info(state: &State, managers: &[ManagerPeer], node_id: &NodeId) -> SessionInfo {
-    let cluster = state.cluster();
-    let port = cluster.map_or(0, |cluster| cluster.data_path_port);
-    SessionInfo {
-        node: state.node(node_id).map(|node| (**node).clone()),
-        managers: managers.to_vec(),
-        root_ca_pem: cluster.map_or_else(bytes::Bytes::new, |cluster| root_of(cluster)),
-        data_path_port: match port {
-            0 => defaults::DATA_PATH_PORT.into(),
-            port => port,
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use swarm_proto::v1::{TaskState, TaskStatus};
@@ -486,6 +505,7 @@ mod tests {
     struct Running {
         consensus: Arc<LocalConsensus>,
         hub: Hub,
+        leaderless: watch::Sender<bool>,
         cancel: CancellationToken,
         run: tokio::task::JoinHandle<()>,
     }
@@ -499,10 +519,12 @@ mod tests {
         ];
         consensus.write(made).expect("valid");
         let cancel = CancellationToken::new();
-        let (hub, run) = hub(consensus.clone(), cancel.clone());
+        let (leaderless, stands) = watch::channel(false);
+        let (hub, run) = hub(consensus.clone(), stands, cancel.clone());
         Running {
             consensus,
             hub,
+            leaderless,
             cancel,
             run: tokio::spawn(run),
         }
@@ -528,6 +550,23 @@ mod tests {
             self.cancel.cancel();
             self.run.await.expect("no panic");
         }
+    }
+
+    #[tokio::test]
+    async fn sessions_are_told_when_no_leader_hears_their_manager() {
+        let running = running();
+        let mut held = running.open().await;
+        assert!(!held.info.leaderless);
+        let mut told = async || loop {
+            match held.updates.recv().await.expect("the session goes on") {
+                Update::Info(info) => return info.leaderless,
+                _ => continue,
+            }
+        };
+        running.leaderless.send_replace(true);
+        assert!(told().await);
+        assert!(running.open().await.info.leaderless);
+        running.stop().await;
     }
 
     #[tokio::test]

@@ -2,7 +2,8 @@
 //!
 //! Every manager collects whom its sessions heard and reports it to the leader
 //! once per heartbeat period, and at once when a session opens or a node says
-//! goodbye. The leader marks a node DOWN that nobody has heard for a grace
+//! goodbye. One whose reports do not arrive says so to its agents, which then look for
+//! a manager that is heard. The leader marks a node DOWN that nobody has heard for a grace
 //! period, and READY again when it is heard. [`Tracker`] decides, on a monotonic
 //! clock that is handed in; the loops here only carry messages and proposals.
 //! Sessions, tasks and tables are never touched from here.
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use swarm_identity::{Caller, PeerIdentity};
 use swarm_proto::NodeId;
-use swarm_proto::defaults::{HEARTBEAT, HEARTBEATS_MISSED};
+use swarm_proto::defaults::{HEARTBEAT, HEARTBEATS_MISSED, SESSION_BACKOFF_MAX};
 use swarm_proto::v1::liveness_client::LivenessClient;
 use swarm_proto::v1::liveness_server;
 use swarm_proto::v1::{
@@ -36,6 +37,12 @@ pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
 /// A leader that refuses this manager's reports for so long is right: one that was just elected
 /// may not have applied the promotion of this node yet.
 const DEMOTED_AFTER: Duration = Duration::from_secs(2);
+/// The parts of a heartbeat period: after how many without a report that was taken a manager is
+/// leaderless (its agents need some of the grace period to go elsewhere), how long one report may take,
+/// and the wait after one that failed.
+const LEADERLESS_AFTER: f64 = 1.5;
+const REPORT_PATIENCE: f64 = 0.5;
+const REPORT_AGAIN: f64 = 0.25;
 /// Nodes in one report; more than a cluster has.
 const REPORT_MAX: usize = 100_000;
 /// What is urgent is reported with whatever follows it within this time.
@@ -91,6 +98,8 @@ pub struct Tracker {
     nodes: HashMap<NodeId, Known>,
     /// When the leader meant to look again, at the latest.
     due: Option<Instant>,
+    /// What the nodes that are there when this leader begins are given beyond a grace period.
+    extra: Duration,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +128,21 @@ pub struct Verdict {
 }
 
 impl Tracker {
+    /// Of a leader before which there was none for `leaderless`; `None` if that is not known, as
+    /// when all managers were started again.
+    #[must_use]
+    pub fn after(leaderless: Option<Duration>, grace: Duration) -> Self {
+        // Agents that have lost their sessions meanwhile may be waiting before they try again.
+        let found_soon = leaderless.is_some_and(|gap| gap <= grace);
+        Self {
+            extra: match found_soon {
+                true => Duration::ZERO,
+                false => SESSION_BACKOFF_MAX,
+            },
+            ..Self::default()
+        }
+    }
+
     /// A manager has heard the node. Returns whether that is news: it was not
     /// heard before, or had left.
     pub fn heard(&mut self, node: NodeId, revision: u64, now: Instant) -> bool {
@@ -161,9 +185,10 @@ impl Tracker {
         }
         self.nodes.retain(|id, _| state.node(id).is_some());
         let mut verdict = Verdict::default();
+        let extra = std::mem::take(&mut self.extra);
         for node in state.nodes() {
             let known = self.nodes.entry(NodeId::from(&node.id)).or_insert(Known {
-                at: now,
+                at: now + extra,
                 seen: Seen::NotYet,
                 revision: 0,
             });
@@ -203,6 +228,47 @@ impl Tracker {
     }
 }
 
+// --- This manager's own standing --------------------------------------------------------
+
+/// Whether what this manager hears comes to a leader.
+#[derive(Debug)]
+struct Standing {
+    began: Instant,
+    /// When a leader took a report, and whether it was this manager.
+    taken: Option<(Instant, bool)>,
+}
+
+impl Standing {
+    fn new(now: Instant) -> Self {
+        Self {
+            began: now,
+            taken: None,
+        }
+    }
+
+    fn taken(&mut self, now: Instant, by_itself: bool) {
+        self.taken = Some((now, by_itself));
+    }
+
+    /// How long there has been no leader, as far as is known here.
+    fn gap(&self, now: Instant) -> Option<Duration> {
+        let (at, _) = self.taken?;
+        Some(now.saturating_duration_since(at))
+    }
+
+    /// A report was not taken: whether nobody can be said to hear this manager's nodes.
+    /// `another_leads`: as far as is known here.
+    fn leaderless(&self, now: Instant, period: Duration, another_leads: bool) -> bool {
+        let since = match self.taken {
+            // A leader that no quorum answers has waited for it long enough before it gave up.
+            Some((_, true)) if !another_leads => return true,
+            Some((at, _)) => at,
+            None => self.began,
+        };
+        now >= since + period.mul_f64(LEADERLESS_AFTER)
+    }
+}
+
 // --- Carrying reports and verdicts -----------------------------------------------------
 
 /// What this manager hears and, while it leads, what all managers hear.
@@ -213,6 +279,7 @@ pub struct Liveness {
 
 struct Shared {
     consensus: Arc<dyn Consensus>,
+    node_id: NodeId,
     connect: Connect,
     /// Heard by this manager since the last report.
     heard: Mutex<Reportable>,
@@ -220,6 +287,8 @@ struct Shared {
     urgent: Notify,
     /// There while this manager's leader loop runs.
     tracker: Mutex<Option<Tracker>>,
+    standing: Mutex<Standing>,
+    leaderless: watch::Sender<bool>,
     /// A report changes the verdict.
     news: Notify,
     /// A node has applied a newer revision.
@@ -254,20 +323,30 @@ impl std::fmt::Debug for Liveness {
 }
 
 impl Liveness {
-    /// Reports to the leader of `consensus` over connections made by `connect`.
+    /// Reports to the leader of `consensus` over connections made by `connect`. `node_id` is this
+    /// manager's node.
     #[must_use]
-    pub fn new(consensus: Arc<dyn Consensus>, connect: Connect) -> Self {
+    pub fn new(consensus: Arc<dyn Consensus>, node_id: NodeId, connect: Connect) -> Self {
         Self {
             shared: Arc::new(Shared {
                 consensus,
+                node_id,
                 connect,
                 heard: Mutex::default(),
                 urgent: Notify::new(),
                 tracker: Mutex::new(None),
+                standing: Mutex::new(Standing::new(now())),
+                leaderless: watch::Sender::new(false),
                 news: Notify::new(),
                 newer: Notify::new(),
             }),
         }
+    }
+
+    /// Whether no leader takes what this manager reports, so that its agents are better off elsewhere.
+    #[must_use]
+    pub fn leaderless(&self) -> watch::Receiver<bool> {
+        self.shared.leaderless.subscribe()
     }
 
     /// A session has heard the node, which has acknowledged `revision`.
@@ -347,20 +426,23 @@ impl Liveness {
         let mut leadership = self.shared.consensus.leadership();
         let mut client: Option<(String, LivenessClient<Channel>)> = None;
         let mut refused_since = None;
+        let mut failed = false;
         loop {
             let period = heartbeat_period(&self.shared.consensus.store().state());
+            let wait = if failed {
+                period.mul_f64(REPORT_AGAIN)
+            } else {
+                period
+            };
             tokio::select! {
                 () = cancel.cancelled() => return,
-                () = tokio::time::sleep(period) => {}
+                () = tokio::time::sleep(wait) => {}
                 // What follows in a moment goes with it.
                 () = self.shared.urgent.notified() => tokio::time::sleep(TOGETHER).await,
                 // A new leader should not wait for the first report.
                 changed = leadership.changed() => if changed.is_err() { return },
             }
             let reported = std::mem::take(&mut *self.shared.heard.lock());
-            if reported.nodes.is_empty() && reported.left.is_empty() {
-                continue;
-            }
             let report = LivenessReport {
                 node_ids: reported.nodes.keys().map(NodeId::to_string).collect(),
                 revisions: reported.nodes.values().copied().collect(),
@@ -371,8 +453,23 @@ impl Liveness {
                 () = cancel.cancelled() => return,
                 sent = sending => sent,
             };
+            failed = sent.is_err();
+            if failed {
+                let leader = leadership.borrow().leader.clone();
+                let another = leader.is_some_and(|leader| leader.node_id != self.shared.node_id);
+                let leaderless = self
+                    .shared
+                    .standing
+                    .lock()
+                    .leaderless(now(), period, another);
+                self.stand(leaderless || *self.shared.leaderless.borrow());
+            }
             match sent {
-                Ok(()) => refused_since = None,
+                Ok(by_itself) => {
+                    refused_since = None;
+                    self.shared.standing.lock().taken(now(), by_itself);
+                    self.stand(false);
+                }
                 Err(Unsent::Demoted(reason))
                     if refused_since.get_or_insert_with(Instant::now).elapsed() < DEMOTED_AFTER =>
                 {
@@ -397,17 +494,28 @@ impl Liveness {
         }
     }
 
+    fn stand(&self, leaderless: bool) {
+        let changed = |before: &mut bool| std::mem::replace(before, leaderless) != leaderless;
+        if self.shared.leaderless.send_if_modified(changed) {
+            match leaderless {
+                true => tracing::warn!("no leader hears this manager; its agents look for another"),
+                false => tracing::info!("a leader hears this manager"),
+            }
+        }
+    }
+
+    /// Whether this manager is the leader that has taken the report.
     async fn send(
         &self,
         report: LivenessReport,
         leadership: &watch::Receiver<Leadership>,
         client: &mut Option<(String, LivenessClient<Channel>)>,
         period: Duration,
-    ) -> Result<(), Unsent> {
+    ) -> Result<bool, Unsent> {
         let now = leadership.borrow().clone();
         if now.is_leader {
             return match self.receive(report) {
-                true => Ok(()),
+                true => Ok(true),
                 false => Err(Unsent::later("this manager begins to lead")),
             };
         }
@@ -418,11 +526,12 @@ impl Liveness {
             Some((addr, connected)) if addr == leader.addr => connected,
             _ => LivenessClient::new((self.shared.connect)(&leader.addr).map_err(Unsent::Later)?),
         };
-        let call = tokio::time::timeout(period, connected.report(report));
+        let patience = period.mul_f64(REPORT_PATIENCE);
+        let call = tokio::time::timeout(patience, connected.report(report));
         match call.await {
             Ok(Ok(_)) => {
                 *client = Some((leader.addr, connected));
-                Ok(())
+                Ok(false)
             }
             Ok(Err(status)) if status.code() == tonic::Code::PermissionDenied => {
                 Err(Unsent::Demoted(status.message().to_owned()))
@@ -450,7 +559,9 @@ impl Liveness {
     }
 
     async fn run_leader(self, context: LoopContext) {
-        *self.shared.tracker.lock() = Some(Tracker::default());
+        let gap = self.shared.standing.lock().gap(now());
+        let period = heartbeat_period(&context.consensus.store().state());
+        *self.shared.tracker.lock() = Some(Tracker::after(gap, grace(period)));
         self.judge_until_cancelled(&context).await;
         *self.shared.tracker.lock() = None;
     }
@@ -634,6 +745,47 @@ mod tests {
         assert_eq!(tracker.judge(&state, start + 2 * SECOND).observations, []);
         let verdict = tracker.judge(&state, start + 3 * SECOND);
         assert_eq!(changes(&verdict), [("a", NodeState::Down, SILENT)]);
+    }
+
+    #[test]
+    fn after_a_time_without_a_leader_agents_may_still_be_waiting_to_come_back() {
+        let state = cluster_of(&["a"]);
+        let start = Instant::now();
+        for gap in [None, Some(4 * SECOND)] {
+            let mut tracker = Tracker::after(gap, 3 * SECOND);
+            let until = start + SESSION_BACKOFF_MAX + 3 * SECOND;
+            let verdict = tracker.judge(&state, start);
+            assert_eq!((verdict.observations.len(), verdict.next), (0, Some(until)));
+            // One that is new has no session to come back to.
+            let both = cluster_of(&["a", "b"]);
+            let verdict = tracker.judge(&both, start + SECOND);
+            assert_eq!(verdict.next, Some(start + 4 * SECOND));
+            let verdict = tracker.judge(&both, start + 4 * SECOND);
+            assert_eq!(changes(&verdict), [("b", NodeState::Down, SILENT)]);
+            let verdict = tracker.judge(&state, until);
+            assert_eq!(changes(&verdict), [("a", NodeState::Down, SILENT)]);
+        }
+        let mut tracker = Tracker::after(Some(2 * SECOND), 3 * SECOND);
+        assert_eq!(tracker.judge(&state, start).next, Some(start + 3 * SECOND));
+    }
+
+    #[test]
+    fn a_manager_is_leaderless_in_time_for_its_agents_to_be_heard_elsewhere() {
+        let start = Instant::now();
+        let mut standing = Standing::new(start);
+        assert!(!standing.leaderless(start + SECOND, SECOND, false));
+        assert!(standing.leaderless(start + 2 * SECOND, SECOND, false));
+        standing.taken(start + 3 * SECOND, false);
+        assert!(!standing.leaderless(start + 4 * SECOND, SECOND, false));
+        assert_eq!(standing.gap(start + 4 * SECOND), Some(SECOND));
+        let told = start + 3 * SECOND + SECOND.mul_f64(LEADERLESS_AFTER);
+        assert!(standing.leaderless(told, SECOND, true));
+        let latest = told + SECOND.mul_f64(REPORT_PATIENCE + REPORT_AGAIN);
+        assert!(latest < start + 3 * SECOND + grace(SECOND));
+        // It has led, and nobody answers it.
+        standing.taken(start + 5 * SECOND, true);
+        assert!(!standing.leaderless(start + 5 * SECOND, SECOND, true));
+        assert!(standing.leaderless(start + 5 * SECOND, SECOND, false));
     }
 
     #[test]

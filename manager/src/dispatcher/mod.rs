@@ -57,8 +57,8 @@ impl Dispatcher {
     ) -> Self {
         let cancel = CancellationToken::new();
         let running = TaskTracker::new();
-        let liveness = Liveness::new(consensus.clone(), connect);
-        let (hub, hub_loop) = hub::hub(consensus.clone(), cancel.clone());
+        let liveness = Liveness::new(consensus.clone(), node_id.clone(), connect);
+        let (hub, hub_loop) = hub::hub(consensus.clone(), liveness.leaderless(), cancel.clone());
         let (intake, intake_loop) =
             intake::intake(consensus.clone(), node_id, clock, cancel.clone());
         let mut loops = JoinSet::new();

@@ -559,6 +559,7 @@ fn is(state: &State, node: &str, wanted: NodeState, message: &str) -> bool {
 async fn a_silent_node_is_down_and_ready_when_it_is_back() {
     let served = Served::start(Duration::from_millis(200), &["w1", "w2"]).await;
     let mut w1 = served.agent("w1").await;
+    drop(served.agent("w2").await);
     let ended = w1.end().await;
     assert_eq!(ended.code(), Code::DeadlineExceeded, "{ended}");
     served
@@ -583,6 +584,7 @@ async fn a_silent_node_is_down_and_ready_when_it_is_back() {
 #[tokio::test]
 async fn a_follower_reports_its_agents_to_the_leader() {
     let leader = Served::start(Duration::from_millis(200), &["m1", "w1"]).await;
+    drop(leader.agent("w1").await);
     leader
         .until(|state| is(state, "w1", NodeState::Down, "heartbeat failure"))
         .await;
