@@ -79,7 +79,7 @@ pub struct Create {
 /// Creates the service and, unless detached, waits until it has converged.
 pub async fn run(flags: Create, daemon: &Daemon) -> Result {
     let mut spec = spec::create(&flags)?;
-    let warning = image::pin(daemon, &mut spec, &flags.common).await;
+    let warning = image::pin(daemon, &mut spec, &flags.common).await?;
     let answer = daemon
         .control()
         .create_service(CreateServiceRequest { spec: Some(spec) })

@@ -3,17 +3,26 @@
 use std::time::Duration;
 
 use swarm_proto::v1::{ResolveImageRequest, ServiceSpec};
+use tonic::Code;
 
 use super::flags::Common;
 use crate::auth;
 use crate::daemon::Daemon;
+use crate::failure::Result;
 
 /// A registry that takes longer is as good as absent: the nodes will ask again.
 const REGISTRY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Asks the image's registry for the digest and the platforms, and puts them
-/// into the spec. Returns the warning for the user when the registry does not say.
-pub async fn pin(daemon: &Daemon, spec: &mut ServiceSpec, flags: &Common) -> Option<String> {
+/// into the spec. Returns the warning for the user when the registry cannot be asked.
+///
+/// # Errors
+/// The registry says that it has no such image: no node would get it either.
+pub async fn pin(
+    daemon: &Daemon,
+    spec: &mut ServiceSpec,
+    flags: &Common,
+) -> Result<Option<String>> {
     let task = spec.task.get_or_insert_default();
     let container = task.container.get_or_insert_default();
     let credentials = auth::for_image(&container.image);
@@ -21,7 +30,7 @@ pub async fn pin(daemon: &Daemon, spec: &mut ServiceSpec, flags: &Common) -> Opt
         container.pull_auth.clone_from(&credentials);
     }
     if flags.no_resolve_image || container.image.contains('@') {
-        return None;
+        return Ok(None);
     }
     let request = ResolveImageRequest {
         image: container.image.clone(),
@@ -36,12 +45,17 @@ pub async fn pin(daemon: &Daemon, spec: &mut ServiceSpec, flags: &Common) -> Opt
             if !answer.platforms.is_empty() {
                 task.placement.get_or_insert_default().platforms = answer.platforms;
             }
-            None
+            Ok(None)
         }
-        _ => Some(format!(
+        Ok(Err(status)) if status.code() == Code::NotFound => Err(format!(
+            "{} in its registry (--no-resolve-image does not ask)",
+            status.message()
+        )
+        .into()),
+        _ => Ok(Some(format!(
             "image {} could not be accessed on a registry to record\nits digest. Each node will access {} independently,\npossibly leading to different nodes running different\nversions of the image.\n",
             container.image, container.image
-        )),
+        ))),
     }
 }
 

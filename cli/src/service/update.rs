@@ -145,7 +145,7 @@ pub async fn run(mut flags: Update, daemon: &Daemon) -> Result {
             .get_or_insert_default()
             .image
             .clone_from(image);
-        warning = image::pin(daemon, &mut wanted, &flags.common).await;
+        warning = image::pin(daemon, &mut wanted, &flags.common).await?;
         pinned = Some(wanted);
     }
     let service = change(daemon, &flags.service, |service: &Service| {
