@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::Mutex;
 use swarm_disk::{Blocking, Disk, SystemDisk, Threads};
@@ -180,49 +181,54 @@ impl std::fmt::Debug for RaftNode {
     }
 }
 
+// The futures of this type are boxed: one is compiled by the crate that polls it, and with it all of
+// openraft, which is to be compiled here only.
 impl RaftNode {
     /// Makes a new group of one and commits its first transaction, which has to
     /// create the cluster and this manager's node; this member's raft ID is added to it.
     ///
     /// # Errors
     /// The directory is taken or cannot be written, or the transaction is refused.
-    pub async fn bootstrap(
+    pub fn bootstrap(
         config: RaftConfig,
         mut first: Transaction,
-    ) -> Result<Arc<Self>, StartError> {
-        let sealer = Sealer::new(&config.data_key);
-        member::prepare(&*config.disk, &config.dir)?;
-        let member = membership(&config, FIRST, Vec::new());
-        let node = Self::launch(config.clone(), &member).await?;
-        let me = Peer {
-            node_id: member.node_id.clone(),
-            addr: config.addr.clone(),
-        };
-        node.group
-            .raft
-            .initialize(BTreeMap::from([(FIRST, me)]))
-            .await
-            .map_err(|error| StartError::Core(error.to_string()))?;
-        let mut leadership = node.group.leadership.subscribe();
-        let leads = leadership.wait_for(|leadership| leadership.is_leader);
-        match tokio::time::timeout(LEAD_PATIENCE, leads).await {
-            Ok(Ok(_)) => {}
-            _ => return Err(StartError::Core("it does not lead its group of one".into())),
-        }
-        let has_id = |action: &Option<Action>| matches!(action, Some(Action::AllocateRaftId(_)));
-        if !first.actions.iter().any(|action| has_id(&action.action)) {
-            first
-                .actions
-                .push(allocation(&member.node_id, &config.addr));
-        }
-        if let Err(error) = node.group.propose(first).await {
-            node.shutdown().await;
-            return Err(StartError::Bootstrap(error));
-        }
-        // From here on this is a member: a crash before leaves nothing that counts.
-        member::save(&*config.disk, &config.dir, &sealer, &member).await?;
-        node.belong(Vec::new());
-        Ok(node)
+    ) -> BoxFuture<'static, Result<Arc<Self>, StartError>> {
+        Box::pin(async move {
+            let sealer = Sealer::new(&config.data_key);
+            member::prepare(&*config.disk, &config.dir)?;
+            let member = membership(&config, FIRST, Vec::new());
+            let node = Self::launch(config.clone(), &member).await?;
+            let me = Peer {
+                node_id: member.node_id.clone(),
+                addr: config.addr.clone(),
+            };
+            node.group
+                .raft
+                .initialize(BTreeMap::from([(FIRST, me)]))
+                .await
+                .map_err(|error| StartError::Core(error.to_string()))?;
+            let mut leadership = node.group.leadership.subscribe();
+            let leads = leadership.wait_for(|leadership| leadership.is_leader);
+            match tokio::time::timeout(LEAD_PATIENCE, leads).await {
+                Ok(Ok(_)) => {}
+                _ => return Err(StartError::Core("it does not lead its group of one".into())),
+            }
+            let has_id =
+                |action: &Option<Action>| matches!(action, Some(Action::AllocateRaftId(_)));
+            if !first.actions.iter().any(|action| has_id(&action.action)) {
+                first
+                    .actions
+                    .push(allocation(&member.node_id, &config.addr));
+            }
+            if let Err(error) = node.group.propose(first).await {
+                node.shutdown().await;
+                return Err(StartError::Bootstrap(error));
+            }
+            // From here on this is a member: a crash before leaves nothing that counts.
+            member::save(&*config.disk, &config.dir, &sealer, &member).await?;
+            node.belong(Vec::new());
+            Ok(node)
+        })
     }
 
     /// Starts the member that is in the directory. If its joining was cut short, or
@@ -230,19 +236,21 @@ impl RaftNode {
     ///
     /// # Errors
     /// The directory is empty, another node's, or damaged.
-    pub async fn start(config: RaftConfig) -> Result<Arc<Self>, StartError> {
-        let sealer = Sealer::new(&config.data_key);
-        let identity = config.identity.peer();
-        let member = member::expect(
-            &*config.disk,
-            &config.dir,
-            &sealer,
-            &identity.cluster_id,
-            &identity.node_id,
-        )?;
-        let node = Self::launch(config, &member).await?;
-        node.belong(member.remotes);
-        Ok(node)
+    pub fn start(config: RaftConfig) -> BoxFuture<'static, Result<Arc<Self>, StartError>> {
+        Box::pin(async move {
+            let sealer = Sealer::new(&config.data_key);
+            let identity = config.identity.peer();
+            let member = member::expect(
+                &*config.disk,
+                &config.dir,
+                &sealer,
+                &identity.cluster_id,
+                &identity.node_id,
+            )?;
+            let node = Self::launch(config, &member).await?;
+            node.belong(member.remotes);
+            Ok(node)
+        })
     }
 
     /// Joins the group that the managers at `remotes` belong to: gets a raft ID,
@@ -252,18 +260,23 @@ impl RaftNode {
     ///
     /// # Errors
     /// The directory is taken or cannot be written, or no manager gives it an ID.
-    pub async fn join(config: RaftConfig, remotes: Vec<String>) -> Result<Arc<Self>, StartError> {
-        member::prepare(&*config.disk, &config.dir)?;
-        let (raft_id, known) = ask_for_id(&config, &remotes).await?;
-        let mut all: BTreeSet<String> = remotes.into_iter().chain(known).collect();
-        all.remove(&config.addr);
-        let member = membership(&config, raft_id, all.into_iter().collect());
-        // Before anything is acknowledged under this ID.
-        let sealer = Sealer::new(&config.data_key);
-        member::save(&*config.disk, &config.dir, &sealer, &member).await?;
-        let node = Self::launch(config, &member).await?;
-        node.belong(member.remotes);
-        Ok(node)
+    pub fn join(
+        config: RaftConfig,
+        remotes: Vec<String>,
+    ) -> BoxFuture<'static, Result<Arc<Self>, StartError>> {
+        Box::pin(async move {
+            member::prepare(&*config.disk, &config.dir)?;
+            let (raft_id, known) = ask_for_id(&config, &remotes).await?;
+            let mut all: BTreeSet<String> = remotes.into_iter().chain(known).collect();
+            all.remove(&config.addr);
+            let member = membership(&config, raft_id, all.into_iter().collect());
+            // Before anything is acknowledged under this ID.
+            let sealer = Sealer::new(&config.data_key);
+            member::save(&*config.disk, &config.dir, &sealer, &member).await?;
+            let node = Self::launch(config, &member).await?;
+            node.belong(member.remotes);
+            Ok(node)
+        })
     }
 
     async fn launch(config: RaftConfig, member: &Membership) -> Result<Arc<Self>, StartError> {
@@ -344,30 +357,34 @@ impl RaftNode {
     ///
     /// # Errors
     /// It is the last one, the group would lose its quorum, or no leader answers.
-    pub async fn leave(&self) -> Result<(), MembershipError> {
-        self.group.leaving.cancel();
-        if self.group.raft.is_leader() {
-            self.group.remove_member(self.group.raft_id).await
-        } else {
-            self.group.ask_to_leave().await
-        }
+    pub fn leave(&self) -> BoxFuture<'_, Result<(), MembershipError>> {
+        Box::pin(async move {
+            self.group.leaving.cancel();
+            if self.group.raft.is_leader() {
+                self.group.remove_member(self.group.raft_id).await
+            } else {
+                self.group.ask_to_leave().await
+            }
+        })
     }
 
     /// Returns when this member is a voter under its configured address.
     ///
     /// # Errors
     /// The group does not take it in, or it is stopping.
-    pub async fn joined(&self) -> Result<(), StartError> {
-        let mut entered = self.group.entered.subscribe();
-        let result = tokio::select! {
-            () = self.group.stop.cancelled() => None,
-            result = entered.wait_for(Option::is_some) => {
-                result.ok().and_then(|result| result.clone())
-            }
-        };
-        result
-            .unwrap_or_else(|| Err("this manager is stopping".into()))
-            .map_err(StartError::Join)
+    pub fn joined(&self) -> BoxFuture<'_, Result<(), StartError>> {
+        Box::pin(async move {
+            let mut entered = self.group.entered.subscribe();
+            let result = tokio::select! {
+                () = self.group.stop.cancelled() => None,
+                result = entered.wait_for(Option::is_some) => {
+                    result.ok().and_then(|result| result.clone())
+                }
+            };
+            result
+                .unwrap_or_else(|| Err("this manager is stopping".into()))
+                .map_err(StartError::Join)
+        })
     }
 
     /// Why this member is none any more, once the group has taken it out for good: its directory
@@ -401,23 +418,25 @@ impl RaftNode {
 
     /// Hands leadership over if this member has it, stops, and returns when all
     /// is on disk. Reads of the store go on working.
-    pub async fn shutdown(&self) {
-        if self.group.raft.is_leader()
-            && let Err(error) = self.group.hand_over().await
-        {
-            tracing::debug!(%error, "stopping as leader");
-        }
-        self.group.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
-        let Some((runtime, writer)) = self.running.lock().take() else {
-            return;
-        };
-        if let Err(error) = self.group.raft.shutdown().await {
-            tracing::warn!(%error, "the raft core ended abnormally");
-        }
-        writer.close().await;
-        drop(runtime);
+    pub fn shutdown(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            if self.group.raft.is_leader()
+                && let Err(error) = self.group.hand_over().await
+            {
+                tracing::debug!(%error, "stopping as leader");
+            }
+            self.group.stop.cancel();
+            self.tasks.close();
+            self.tasks.wait().await;
+            let Some((runtime, writer)) = self.running.lock().take() else {
+                return;
+            };
+            if let Err(error) = self.group.raft.shutdown().await {
+                tracing::warn!(%error, "the raft core ended abnormally");
+            }
+            writer.close().await;
+            drop(runtime);
+        })
     }
 }
 
