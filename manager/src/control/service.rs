@@ -70,6 +70,10 @@ impl Control {
         let mut spec = request
             .spec
             .ok_or_else(|| Status::invalid_argument("the service's spec is missing"))?;
+        let annotations = spec.annotations.get_or_insert_default();
+        if annotations.name.is_empty() {
+            annotations.name = unused_name(&*self.state().await?);
+        }
         validate::service_spec(&spec).map_err(error::invalid)?;
         let state = self.state().await?;
         resolve_networks(&state, &mut spec)?;
@@ -218,6 +222,20 @@ fn status(state: &State, service: &Arc<Service>) -> ServiceStatus {
     }
 }
 
+/// A name for a service that was given none, as Docker does it: "wiggly_yak".
+fn unused_name(state: &State) -> String {
+    // A number too when most short ones are taken.
+    let drawn = (0..16).filter_map(|attempt| {
+        let name = petname::petname(2, "_")?;
+        Some(match attempt {
+            0..8 => name,
+            _ => format!("{name}{}", rand::random_range(0..1_000_000)),
+        })
+    });
+    let mut unused = drawn.filter(|name| state.service_by_name(name).is_none());
+    unused.next().unwrap_or_else(random_id)
+}
+
 /// Names of networks become IDs, each of which may be there once.
 fn resolve_networks(state: &State, spec: &mut ServiceSpec) -> Result<(), Status> {
     let Some(task) = &mut spec.task else {
@@ -348,6 +366,18 @@ mod tests {
         spec.mode = Some(ServiceMode {
             mode: Some(service_mode::Mode::Global(GlobalMode {})),
         });
+    }
+
+    #[tokio::test]
+    async fn a_service_without_a_name_is_given_one() {
+        let bench = Bench::new();
+        let mut names = HashSet::new();
+        for _ in 0..20 {
+            let service = bench.create_service(service_spec("")).await.unwrap();
+            let name = service.spec.unwrap().annotations.unwrap().name;
+            assert!(name.contains('_'), "{name}");
+            assert!(names.insert(name));
+        }
     }
 
     fn publish(spec: &mut ServiceSpec, ports: &[u32]) {
