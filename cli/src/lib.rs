@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use daemon::Daemon;
 use failure::Result;
@@ -65,16 +65,45 @@ enum Command {
     Logs(logs::Logs),
 }
 
+/// What is wrong with the arguments, in one sentence, and how the command is used.
+fn usage(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let mut parts = text.trim_end().split("\n\n");
+    let what = parts.next().unwrap_or_default();
+    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let what = match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, Some(ContextValue::String(flag))) if flag.starts_with('-') => {
+            format!("unknown flag: {flag}")
+        }
+        // What is missing, each on a line.
+        _ => what.split_whitespace().collect::<Vec<_>>().join(" "),
+    };
+    // Between them, a guess at what was meant.
+    match parts.find(|part| part.starts_with("Usage:")) {
+        Some(usage) => format!("{what}\n\n{usage}"),
+        None => what,
+    }
+}
+
 /// The whole program: reads the arguments, does what they say. Returns its exit status.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let _ = error.print();
             return match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
-                _ => ExitCode::FAILURE,
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                    let _ = error.print();
+                    ExitCode::SUCCESS
+                }
+                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                    let _ = error.print();
+                    ExitCode::FAILURE
+                }
+                _ => {
+                    output::warn(&usage(&error));
+                    ExitCode::FAILURE
+                }
             };
         }
     };
