@@ -91,6 +91,8 @@ pub(crate) enum Request {
     Apply(AssignmentSet, oneshot::Sender<Result<(), ApplyError>>),
     /// Answered when no task is left.
     Leave(oneshot::Sender<()>),
+    /// The cluster has removed this node: as if it left, but nobody waits for it.
+    End,
 }
 
 /// A running agent. Dropping it ends its loops at once, as a crash would; use [`Agent::stop`].

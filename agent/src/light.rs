@@ -141,7 +141,7 @@ impl Worker {
                         // The session may have ended meanwhile.
                         let _ = done.send(result.map_err(Into::into));
                     }
-                    Some(Request::Leave(_)) | None => return,
+                    Some(Request::Leave(_) | Request::End) | None => return,
                 },
                 Ok(()) = session.changed() => {
                     let state = session.borrow_and_update();

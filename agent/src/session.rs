@@ -109,6 +109,10 @@ enum SessionError {
     Address(String),
     #[error("manager {addr} refuses the session: {status}")]
     Refused { addr: String, status: String },
+    #[error(
+        "manager {addr} says that this node was removed from the cluster; its tasks are stopped, `swarm leave` makes it forget the cluster: {status}"
+    )]
+    Removed { addr: String, status: String },
     #[error("manager {0} did not register this node within {REGISTER_MAX:?}")]
     Slow(String),
     #[error("manager {0} ended the session")]
@@ -125,6 +129,20 @@ enum SessionError {
     Local(#[from] crate::local::LocalError),
     #[error("the agent stops")]
     Stopping,
+}
+
+impl SessionError {
+    fn of(addr: &str, status: &tonic::Status) -> Self {
+        let (addr, status, removed) = (
+            addr.to_owned(),
+            describe(status),
+            swarm_identity::is_removed(status),
+        );
+        match removed {
+            true => Self::Removed { addr, status },
+            false => Self::Refused { addr, status },
+        }
+    }
 }
 
 /// How a session ended.
@@ -161,8 +179,11 @@ impl SessionLoop {
             if let Some(addr) = &addr {
                 choice.failed(addr, registered && began.elapsed() > BACKOFF_MAX);
             }
-            if let SessionError::Leaderless { other, .. } = error {
-                choice.prefer(other);
+            match error {
+                SessionError::Leaderless { other, .. } => choice.prefer(other),
+                // Others run in place of its tasks, and may have their addresses.
+                SessionError::Removed { .. } => self.end_tasks(),
+                _ => {}
             }
             let wait = choice.wait(&mut rand::rng());
             tokio::select! {
@@ -172,6 +193,12 @@ impl SessionLoop {
                 () = tokio::time::sleep(wait) => {}
             }
         }
+    }
+
+    /// Has all tasks stopped, for good. Done again, it does nothing.
+    fn end_tasks(&self) {
+        // If there is no room, the next refusal does it.
+        let _ = self.worker.try_send(Request::End);
     }
 
     async fn session(&mut self, addr: Option<&str>) -> Result<End, SessionError> {
@@ -191,10 +218,7 @@ impl SessionLoop {
         let mut client = DispatcherClient::new(channel)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
-        let refused = |status: tonic::Status| SessionError::Refused {
-            addr: addr.to_owned(),
-            status: describe(&status),
-        };
+        let refused = |status: tonic::Status| SessionError::of(addr, &status);
         let open = async {
             let mut inbox = client
                 .session(ReceiverStream::new(messages))
@@ -345,12 +369,7 @@ impl Live {
     ) -> Result<(), SessionError> {
         let message = match next {
             None => return Err(SessionError::Closed(self.addr.clone())),
-            Some(Err(status)) => {
-                return Err(SessionError::Refused {
-                    addr: self.addr.clone(),
-                    status: describe(&status),
-                });
-            }
+            Some(Err(status)) => return Err(SessionError::of(&self.addr, &status)),
             Some(Ok(message)) => message,
         };
         match message.message {

@@ -121,6 +121,11 @@ impl Worker {
                         let _ = done.send(result);
                     }
                     Request::Leave(done) => self.leave(done).await,
+                    Request::End if self.leaving.is_none() => {
+                        let (nobody, _) = oneshot::channel();
+                        self.leave(nobody).await;
+                    }
+                    Request::End => {}
                 },
                 Some(ended) = self.loops.join_next() => match ended {
                     Ok((id, true)) => self.gone(&id).await,

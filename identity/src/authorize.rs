@@ -10,6 +10,7 @@ use std::task::{Context, Poll};
 
 use swarm_proto::v1::NodeRole;
 use tonic::Status;
+use tonic::metadata::MetadataValue;
 use tower::{Layer, Service};
 
 use crate::caller::{Caller, ConnectionInfo, PeerIdentity};
@@ -99,12 +100,34 @@ pub enum Refusal {
     Unauthenticated(String),
     /// The caller is known, and may not.
     Denied(String),
+    /// The caller's node was removed from the cluster, for good.
+    Removed(String),
+}
+
+/// Metadata of a refusal that holds for good, since the node was removed from the cluster.
+const REMOVED: &str = "swarm-node-removed";
+
+/// Tells a node that it was removed from the cluster, which is nothing to try again about.
+#[must_use]
+pub fn removed(text: impl Into<String>) -> Status {
+    let mut status = Status::permission_denied(text);
+    let said = MetadataValue::from_static("true");
+    status.metadata_mut().insert(REMOVED, said);
+    status
+}
+
+/// Whether a manager has said [`removed`].
+#[must_use]
+pub fn is_removed(status: &Status) -> bool {
+    status.metadata().contains_key(REMOVED)
 }
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unauthenticated(text) | Self::Denied(text) => f.write_str(text),
+            Self::Unauthenticated(text) | Self::Denied(text) | Self::Removed(text) => {
+                f.write_str(text)
+            }
         }
     }
 }
@@ -114,6 +137,7 @@ impl From<Refusal> for Status {
         match refusal {
             Refusal::Unauthenticated(text) => Self::unauthenticated(text),
             Refusal::Denied(text) => Self::permission_denied(text),
+            Refusal::Removed(text) => removed(text),
         }
     }
 }
@@ -168,7 +192,7 @@ pub fn authorize(path: &str, caller: &Caller) -> Result<(), Refusal> {
 }
 
 /// Looks at a peer at each of its requests: which role the cluster grants it
-/// now (never more than its certificate's), or why it is refused although its certificate is good.
+/// now (never more than its certificate's), or the sentence that it was removed from the cluster.
 pub type Check = Arc<dyn Fn(&PeerIdentity) -> Result<NodeRole, String> + Send + Sync>;
 
 /// A tower layer for tonic's server: refuses what the table or the check does not allow.
@@ -233,7 +257,7 @@ impl<S> Authorize<S> {
         let mut caller = info.map_or(Caller::Anonymous, |info| info.caller.clone());
         if let (Caller::Peer(peer), Some(check)) = (&mut caller, &self.check) {
             let granted = check(peer)
-                .map_err(|reason| Refusal::Denied(format!("{path} is refused: {reason}")))?;
+                .map_err(|reason| Refusal::Removed(format!("{path} is refused: {reason}")))?;
             if granted == NodeRole::Worker && allowed(path) != Some(Allowed::Member) {
                 peer.role = NodeRole::Worker;
             }

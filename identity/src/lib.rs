@@ -23,7 +23,9 @@ mod testing;
 #[cfg(test)]
 mod tls_test;
 
-pub use authorize::{Allowed, AuthorizeLayer, Check, Refusal, TABLE, authorize};
+pub use authorize::{
+    Allowed, AuthorizeLayer, Check, Refusal, TABLE, authorize, is_removed, removed,
+};
 pub use ca::{CaError, NewKey, RootCa, RootDigest};
 pub use caller::{Caller, ConnectionInfo, PeerIdentity, remote_addr};
 pub use cert::{CertError, Leaf, Renewal, Validity};

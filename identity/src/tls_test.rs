@@ -312,6 +312,7 @@ async fn a_node_that_the_check_refuses_is_refused_at_each_request() {
             .ends_with("node n2 was removed from the cluster"),
         "{refusal}"
     );
+    assert!(is_removed(&refusal));
 }
 
 #[tokio::test]

@@ -125,7 +125,27 @@ fn a_node_that_left_can_be_removed_and_join_again() -> Result<()> {
     })?;
     cluster.swarm("h1", &["node", "rm", "h2"])?;
     let token = cluster.swarm("h1", &["join-token", "-q", "worker"])?;
-    cluster.swarm("h2", &["join", "--token", token.trim(), "172.30.99.1:2377"])?;
+    let join = ["join", "--token", token.trim(), "172.30.99.1:2377"];
+    cluster.swarm("h2", &join)?;
+    cluster.wait_ready(PATIENCE)?;
+
+    // Removed while it is alive and runs a task: that runs elsewhere now, so it ends here.
+    cluster.swarm("h1", &["service", "scale", "--detach", "web=4"])?;
+    let tasks = cluster.wait_running("h1", "web", 4)?;
+    ensure!(tasks.iter().any(|task| task.node == "h2"), "{tasks:?}");
+    let refused = cluster.attempt("h1", &["swarm", "node", "rm", "h2"])?;
+    ensure!(
+        refused.0 == Some(1) && refused.1.contains("is not down"),
+        "{refused:?}"
+    );
+    cluster.swarm("h1", &["node", "rm", "--force", "h2"])?;
+    cluster.wait_running("h1", "web", 4)?;
+    wait_until(PATIENCE, "the removed node has no task left", || {
+        let left = cluster.host_sh("h2", "ls /run/swarm/netns 2>/dev/null | wc -l")?;
+        Ok((left.trim() == "0").then_some(()))
+    })?;
+    cluster.swarm("h2", &["leave"])?;
+    cluster.swarm("h2", &join)?;
     cluster.wait_ready(PATIENCE)
 }
 

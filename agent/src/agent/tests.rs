@@ -603,6 +603,21 @@ async fn a_node_that_leaves_stops_everything_and_says_goodbye() {
 }
 
 #[tokio::test]
+async fn a_node_that_was_removed_stops_its_tasks_and_can_still_leave() {
+    let rig = Rig::new().await;
+    rig.manager.offer(1, vec![network(), one("a", 1)]);
+    let mut agent = rig.agent().await;
+    rig.manager.heard(|h| h.is("a", TaskState::Running)).await;
+    let session = rig.manager.session.lock().take().unwrap();
+    let removed = swarm_identity::removed("node n has been removed from the cluster");
+    session.send(Err(removed)).await.unwrap();
+    rig.runtime.wait_for(|s| s.containers.is_empty()).await;
+    rig.dataplane.wait_for(|s| s.networks.is_empty()).await;
+    agent.leave().await.unwrap();
+    assert!(rig.runtime.state().containers.is_empty());
+}
+
+#[tokio::test]
 async fn containers_that_no_task_owns_are_removed_on_start() {
     let rig = Rig::new().await;
     rig.manager.offer(1, vec![network(), one("a", 1)]);

@@ -395,7 +395,7 @@ impl Registry {
                 continue;
             }
             if self.state.node(node_id).is_none() {
-                self.end(node_id, removed(node_id));
+                self.end(node_id, swarm_identity::removed(removed(node_id)));
             }
         }
         if everyone {
@@ -473,8 +473,8 @@ fn release(holders: &mut HashMap<NetworkId, BTreeSet<NodeId>>, network: &Network
 }
 
 /// What an agent is told whose node is no longer there.
-pub(super) fn removed(node_id: &NodeId) -> Status {
-    Status::permission_denied(format!("node {node_id} has been removed from the cluster"))
+pub(super) fn removed(node_id: &NodeId) -> String {
+    format!("node {node_id} has been removed from the cluster")
 }
 
 fn root_of(cluster: &swarm_proto::v1::Cluster) -> bytes::Bytes {

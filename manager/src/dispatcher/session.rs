@@ -189,7 +189,8 @@ impl Session {
         let state = self.newest_state().await?;
         match state.node(&self.node_id) {
             Some(_) => Ok(state),
-            None => Err(removed(&self.node_id)),
+            // Which this state, restored from elsewhere perhaps, does not say for certain.
+            None => Err(Status::permission_denied(removed(&self.node_id))),
         }
     }
 
