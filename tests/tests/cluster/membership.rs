@@ -98,6 +98,8 @@ fn a_node_that_left_can_be_removed_and_join_again() -> Result<()> {
             "net",
             "--replicas",
             "2",
+            "--stop-grace-period",
+            "1s",
             &busybox(),
             "sleep",
             "1000000",
@@ -293,7 +295,15 @@ fn drained_and_paused_nodes_get_no_tasks() -> Result<()> {
         "h1",
         "web",
         2,
-        &["--replicas", "2", &busybox(), "sleep", "1000000"],
+        &[
+            "--replicas",
+            "2",
+            "--stop-grace-period",
+            "1s",
+            &busybox(),
+            "sleep",
+            "1000000",
+        ],
     )?;
     cluster.swarm("h1", &["node", "update", "--availability", "drain", "h2"])?;
     wait_until(PATIENCE, "all tasks have left h2", || {

@@ -407,7 +407,7 @@ fn agents_whose_managers_are_lost_keep_their_tasks() -> Result<()> {
     let attempts = |cluster: &Cluster| -> Result<usize> {
         Ok(cluster.log("h4")?.matches("no session").count())
     };
-    let until = attempts(&cluster)? + 24;
+    let until = attempts(&cluster)? + 18;
     for manager in managers {
         cluster.kill(manager)?;
     }
