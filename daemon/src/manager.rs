@@ -1,13 +1,16 @@
 //! The manager part of a node: raft member, leader loops, and the API on its port.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
 use swarm_disk::{Disk, Threads};
-use swarm_identity::{AuthorizeLayer, DataKey, Identity, Listener, grpc_server};
+use swarm_identity::{AuthorizeLayer, Check, Connection, DataKey, Identity, Listener, grpc_server};
 use swarm_manager::{Manager, ManagerConfig, ca};
 use swarm_proto::v1::dispatcher_server::SERVICE_NAME as DISPATCHER;
 use swarm_proto::v1::{NodeRole, Transaction};
@@ -15,7 +18,10 @@ use swarm_raft::{RaftConfig, RaftNode};
 use swarm_store::Consensus as _;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -25,6 +31,8 @@ use crate::switch::ManagerSlot;
 
 /// How long a leaving manager waits to be taken out of the group: the others may be gone.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
+/// Urgent connections that wait to be served.
+const URGENT_CONNECTIONS: usize = 64;
 /// How long requests that are being answered may take when the manager stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
@@ -92,6 +100,8 @@ pub struct RunningManager {
     manager: Manager,
     cancel: CancellationToken,
     server: JoinHandle<()>,
+    /// Of raft's urgent connections.
+    urgent_server: JoinHandle<()>,
     watching: JoinHandle<()>,
     telling: JoinHandle<()>,
 }
@@ -132,20 +142,22 @@ impl RunningManager {
         let health = HealthReporter::new();
         let routes = manager.routes().add_service(raft.service());
         let routes = crate::with_reflection(routes, health.clone())?;
-        let server = tokio::spawn({
+        let (urgent, urgent_connections) = mpsc::channel(URGENT_CONNECTIONS);
+        let serve = |routes, incoming| {
             let check = ca::admission(Arc::clone(raft.store()));
-            let routes = routes.clone();
-            let cancel = cancel.clone();
-            async move {
-                let served = grpc_server()
-                    .layer(AuthorizeLayer::with_check(check))
-                    .serve_with_incoming_shutdown(routes, listener.incoming(), cancel.cancelled())
-                    .await;
-                if let Err(error) = served {
-                    tracing::error!(%error, "the API has ended");
-                }
-            }
-        });
+            serve(routes, incoming, check, cancel.clone())
+        };
+        let server = tokio::spawn(serve(
+            routes.clone(),
+            listener.incoming_with_urgent(urgent).boxed(),
+        ));
+        // Heartbeats and entries are taken in where they are worked on, and wait for no session.
+        let urgent_server = raft.runtime().spawn(serve(
+            Routes::new(raft.service()),
+            ReceiverStream::new(urgent_connections)
+                .map(Connection::move_here)
+                .boxed(),
+        ));
         let watching = tokio::spawn(watch_fatal(
             raft.fatal(),
             context.fatal.clone(),
@@ -157,6 +169,7 @@ impl RunningManager {
             manager,
             cancel,
             server,
+            urgent_server,
             watching,
             telling,
         };
@@ -228,14 +241,13 @@ impl RunningManager {
         self.manager.stop().await;
         self.raft.shutdown().await;
         self.cancel.cancel();
-        let mut server = self.server;
-        if tokio::time::timeout(DRAIN_LIMIT, &mut server)
-            .await
-            .is_err()
-        {
-            // Streams that are open as long as their client likes.
-            server.abort();
-            let _ = server.await;
+        let drained = Instant::now() + DRAIN_LIMIT;
+        for mut server in [self.server, self.urgent_server] {
+            if tokio::time::timeout_at(drained, &mut server).await.is_err() {
+                // Streams that are open as long as their client likes.
+                server.abort();
+                let _ = server.await;
+            }
         }
         let _ = self.watching.await;
         let _ = self.telling.await;
@@ -258,6 +270,21 @@ async fn tell_standing(
             () = cancel.cancelled() => return,
             changed = leaderless.changed() => if changed.is_err() { return },
         }
+    }
+}
+
+async fn serve(
+    routes: Routes,
+    incoming: BoxStream<'static, io::Result<Connection>>,
+    check: Check,
+    cancel: CancellationToken,
+) {
+    let served = grpc_server()
+        .layer(AuthorizeLayer::with_check(check))
+        .serve_with_incoming_shutdown(routes, incoming, cancel.cancelled())
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the API has ended");
     }
 }
 

@@ -88,6 +88,8 @@ struct Live {
     renew_at: f64,
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    /// The same, for urgent connections.
+    urgent: Arc<ClientConfig>,
 }
 
 impl Live {
@@ -95,11 +97,14 @@ impl Live {
         let leaf = Leaf::from_chain_pem(material.chain_pem.as_bytes())?;
         let server = server_config(&material)?;
         let client = client_config(&material)?;
+        let mut urgent = client.clone();
+        urgent.alpn_protocols.insert(0, URGENT.to_vec());
         Ok(Self {
             leaf,
             renew_at: rand::random_range(RENEW_FROM..RENEW_UNTIL),
             server: Arc::new(server),
             client: Arc::new(client),
+            urgent: Arc::new(urgent),
             material,
         })
     }
@@ -242,6 +247,17 @@ impl Identity {
         connect_lazy(net, addr, move || Arc::clone(&identity.live.load().client))
     }
 
+    /// The same, for what must not wait behind other work at the other side: see
+    /// [`crate::Listener::incoming_with_urgent`].
+    ///
+    /// # Errors
+    /// `addr` is not host:port.
+    pub fn urgent_channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
+        let identity = Arc::clone(self);
+        let net = Arc::clone(&self.net);
+        connect_lazy(net, addr, move || Arc::clone(&identity.live.load().urgent))
+    }
+
     /// TLS for the next connection that is accepted.
     pub(crate) fn server_config(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.live.load().server)
@@ -344,6 +360,8 @@ pub(crate) fn check(material: &KeyMaterial) -> Result<Leaf, IdentityError> {
 }
 
 const ALPN: &[u8] = b"h2";
+/// What a connection speaks that must not wait: the same.
+pub(crate) const URGENT: &[u8] = b"swarm-urgent";
 
 fn server_config(material: &KeyMaterial) -> Result<ServerConfig, IdentityError> {
     let verifier = verify::callers(root_store(&material.root_pem)?)?;
@@ -356,7 +374,7 @@ fn server_config(material: &KeyMaterial) -> Result<ServerConfig, IdentityError> 
             cert::key_from_pem(material.key_pem.as_bytes())?,
         )
         .map_err(IdentityError::Tls)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![URGENT.to_vec(), ALPN.to_vec()];
     // A resumed session would go on with a certificate that has expired or was replaced.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

@@ -3,21 +3,35 @@
 //! [`Tcp`] in production; a simulation puts its own network here. Mutual TLS and
 //! everything above it is the same over both. Knows nothing of certificates.
 
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 
 /// One connection, either end.
-pub trait Stream: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin + 'static {}
+pub trait Stream: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin + Any {}
 
-impl<T: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin + 'static> Stream for T {}
+impl<T: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin + Any> Stream for T {}
 
 /// A connection of any network.
 pub type BoxStream = Box<dyn Stream>;
+
+/// Has the runtime of the caller tell when there is something to read or write, instead of the one
+/// that the connection was made on: there it waits behind whatever that one is busy with. A
+/// connection that is not the machine's own stays as it is.
+pub(crate) fn move_here(stream: &mut BoxStream) -> io::Result<()> {
+    let stream: &mut dyn Any = &mut **stream;
+    if let Some(tcp) = stream.downcast_mut::<TcpStream>() {
+        let copy = tcp.as_fd().try_clone_to_owned()?;
+        *tcp = TcpStream::from_std(copy.into())?;
+    }
+    Ok(())
+}
 
 /// Makes connections to other hosts, and takes theirs.
 #[async_trait::async_trait]

@@ -16,9 +16,10 @@ use std::time::Duration;
 
 use futures::stream::{self, Stream};
 use parking_lot::Mutex;
+use swarm_proto::v1::NodeRole;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -27,8 +28,8 @@ use tonic::transport::server::Connected;
 
 use crate::caller::{Caller, ConnectionInfo};
 use crate::cert::Leaf;
-use crate::identity::Identity;
-use crate::net::{Acceptor, BoxStream};
+use crate::identity::{Identity, URGENT};
+use crate::net::{Acceptor, BoxStream, move_here};
 
 /// Wait after a failed accept (out of file descriptors): it would fail again at once.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
@@ -113,6 +114,22 @@ impl Listener {
     /// Connections whose handshake is done. Never ends by itself; refused
     /// ones are logged with the peer's address and the reason.
     pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
+        self.accepting(None)
+    }
+
+    /// The same without those that managers have made for what must not wait behind other work;
+    /// these go to `urgent`, to be served elsewhere.
+    pub fn incoming_with_urgent(
+        self,
+        urgent: mpsc::Sender<Connection>,
+    ) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
+        self.accepting(Some(urgent))
+    }
+
+    fn accepting(
+        self,
+        urgent: Option<mpsc::Sender<Connection>>,
+    ) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
         let state = Accepting {
             places: Arc::new(Places {
                 anonymous: Arc::new(Semaphore::new(self.limits.anonymous)),
@@ -121,6 +138,7 @@ impl Listener {
             }),
             listener: self,
             handshakes: JoinSet::new(),
+            urgent,
         };
         stream::unfold(state, |mut state| async move {
             let connection = state.next().await;
@@ -133,6 +151,7 @@ struct Accepting {
     listener: Listener,
     handshakes: JoinSet<Option<Connection>>,
     places: Arc<Places>,
+    urgent: Option<mpsc::Sender<Connection>>,
 }
 
 /// Who may have how many connections.
@@ -171,7 +190,14 @@ impl Accepting {
         loop {
             tokio::select! {
                 Some(done) = self.handshakes.join_next() => match done {
-                    Ok(Some(connection)) => return connection,
+                    Ok(Some(connection)) => match &self.urgent {
+                        Some(urgent) if connection.is_urgent() => {
+                            if urgent.try_send(connection).is_err() {
+                                tracing::warn!("connection refused: nobody takes urgent ones");
+                            }
+                        }
+                        _ => return connection,
+                    },
                     Ok(None) => {}
                     Err(error) => tracing::error!(%error, "a TLS handshake ended abnormally"),
                 },
@@ -349,6 +375,27 @@ impl Connection {
     #[must_use]
     pub fn info(&self) -> &ConnectionInfo {
         &self.info
+    }
+
+    /// A manager has made it for what must not wait behind other work.
+    fn is_urgent(&self) -> bool {
+        let Either::Tls(stream) = &self.stream else {
+            return false;
+        };
+        let peer = self.info.caller.peer();
+        peer.is_some_and(|peer| peer.role == NodeRole::Manager)
+            && stream.get_ref().1.alpn_protocol() == Some(URGENT)
+    }
+
+    /// Has the runtime of the caller wait for it from now on.
+    ///
+    /// # Errors
+    /// That runtime has no room for it.
+    pub fn move_here(mut self) -> io::Result<Self> {
+        if let Either::Tls(stream) = &mut self.stream {
+            move_here(stream.get_mut().0)?;
+        }
+        Ok(self)
     }
 }
 

@@ -706,3 +706,62 @@ async fn mutual_tls_is_the_same_on_another_network() {
     let stranger = on("n2", &RootCa::create(SystemTime::now()).unwrap());
     report(&stranger, "manager:2377").await.unwrap_err();
 }
+
+#[test]
+fn an_urgent_connection_does_not_wait_for_what_the_runtime_is_busy_with() {
+    let runtime = || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(1).enable_all().build().unwrap()
+    };
+    let (busy, own, client) = (runtime(), runtime(), runtime());
+    let root = RootCa::create(SystemTime::now()).unwrap();
+    let (n1, n2) = (
+        identity(&root, "n1", NodeRole::Manager),
+        identity(&root, "n2", NodeRole::Manager),
+    );
+    let listener = busy.block_on(Listener::bind("127.0.0.1:0", n1)).unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let server = || {
+        grpc_server()
+            .layer(AuthorizeLayer::new())
+            .add_service(LivenessServer::new(TestLiveness))
+    };
+    let (urgent, connections) = tokio::sync::mpsc::channel(1);
+    busy.spawn(server().serve_with_incoming(listener.incoming_with_urgent(urgent)));
+    let connections = futures::stream::unfold(connections, |mut connections| async {
+        let connection = connections.recv().await?;
+        Some((connection.move_here(), connections))
+    });
+    own.spawn(server().serve_with_incoming(connections));
+
+    client.block_on(async {
+        let mut urgent = LivenessClient::new(n2.urgent_channel(&addr).unwrap());
+        let mut other = LivenessClient::new(n2.channel(&addr).unwrap());
+        // Both are connected.
+        urgent.report(LivenessReport::default()).await.unwrap();
+        other.report(LivenessReport::default()).await.unwrap();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let (started, busy_now) = tokio::sync::oneshot::channel();
+        busy.spawn(async move {
+            started.send(()).unwrap();
+            held.recv()
+        });
+        busy_now.await.unwrap();
+        let patience = Duration::from_secs(20);
+        let report = urgent.report(LivenessReport::default());
+        tokio::time::timeout(patience, report)
+            .await
+            .unwrap()
+            .unwrap();
+        let mut waiting = std::pin::pin!(other.report(LivenessReport::default()));
+        let moment = Duration::from_millis(50);
+        tokio::time::timeout(moment, &mut waiting)
+            .await
+            .unwrap_err();
+        drop(release);
+        tokio::time::timeout(patience, waiting)
+            .await
+            .unwrap()
+            .unwrap();
+    });
+}

@@ -171,6 +171,7 @@ impl RaftConfig {
 /// [`RaftNode::shutdown`] is like a crash: nothing acknowledged is lost.
 pub struct RaftNode {
     group: Arc<Group>,
+    runtime: Handle,
     tasks: TaskTracker,
     running: Mutex<Option<(RaftRuntime, LogWriter)>>,
 }
@@ -335,6 +336,7 @@ impl RaftNode {
         tasks.spawn_on(group.clone().watch(), runtime.handle());
         Ok(Arc::new(Self {
             group,
+            runtime: runtime.handle().clone(),
             tasks,
             running: Mutex::new(Some((runtime, writer))),
         }))
@@ -401,6 +403,12 @@ impl RaftNode {
         RaftServer::new(RaftService::new(self.group.clone()))
             .max_decoding_message_size(RAFT_MESSAGE_MAX)
             .max_encoding_message_size(RAFT_MESSAGE_MAX)
+    }
+
+    /// Raft's own runtime, where urgent connections are to be served: ends with the member.
+    #[must_use]
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
     }
 
     /// This member's raft ID.

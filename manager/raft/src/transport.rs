@@ -47,7 +47,7 @@ pub(crate) const LEADER: &str = "swarm-raft-leader";
 /// On an answer to a member that is one no longer, by what a quorum has committed.
 pub(crate) const EXPELLED: &str = "swarm-raft-expelled";
 
-/// What a connection is for.
+/// What a connection is for. The first two are urgent at the other side too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Lane {
     /// Heartbeats, votes, leadership transfer.
@@ -100,10 +100,12 @@ impl Pool {
             None => {
                 // The connection's own task is spawned where this guard says.
                 let _guard = self.runtime.enter();
-                let channel = self
-                    .identity
-                    .channel(addr)
-                    .map_err(|error| Status::invalid_argument(error.to_string()))?;
+                let channel = match lane {
+                    Lane::Control | Lane::Entries => self.identity.urgent_channel(addr),
+                    Lane::Snapshots | Lane::Requests => self.identity.channel(addr),
+                };
+                let channel =
+                    channel.map_err(|error| Status::invalid_argument(error.to_string()))?;
                 if channels.len() >= CONNECTIONS_MAX {
                     channels.clear();
                 }
