@@ -119,8 +119,11 @@ impl Assembler {
                 "messages of different sets are mixed".to_owned(),
             ));
         }
-        set.changes.extend(message.changes);
-        if message.more {
+        let more = message.more;
+        let changes = message.into_changes();
+        let changes = changes.map_err(|error| SetError::Invalid(error.to_string()))?;
+        set.changes.extend(changes);
+        if more {
             return Ok(None);
         }
         self.bytes = 0;
@@ -349,7 +352,9 @@ pub fn task_name(task: &Task) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use swarm_proto::v1::{EndpointEntry, EndpointKey, Network, NetworkAttachment, ServiceEntry};
+    use swarm_proto::v1::{
+        AssignmentChanges, EndpointEntry, EndpointKey, Network, NetworkAttachment, ServiceEntry,
+    };
 
     const NODE: &str = "n1";
 
@@ -503,6 +508,7 @@ mod tests {
             changes: vec![AssignmentChange {
                 change: Some(change),
             }],
+            shared: Vec::new(),
         };
         assert_eq!(assembler.push(piece(true, network("net"))).unwrap(), None);
         let whole = assembler
@@ -516,6 +522,25 @@ mod tests {
             ..piece(true, network("net"))
         };
         assert!(matches!(assembler.push(other), Err(SetError::Invalid(_))));
+    }
+
+    #[test]
+    fn what_others_get_too_comes_first() {
+        let [first, last] = [network("net"), task("a", 512)].map(|change| AssignmentChange {
+            change: Some(change),
+        });
+        let part = AssignmentChanges {
+            changes: vec![first.clone()],
+        };
+        let message = |part: Vec<u8>| Assignments {
+            changes: vec![last.clone()],
+            shared: vec![part.into()],
+            ..Assignments::default()
+        };
+        let set = Assembler::default().push(message(part.encode_to_vec()));
+        assert_eq!(set.unwrap().unwrap().changes, [first, last.clone()]);
+        let refused = Assembler::default().push(message(vec![0xff]));
+        assert!(matches!(refused, Err(SetError::Invalid(_))));
     }
 
     fn any_change() -> impl Strategy<Value = Change> {

@@ -3,6 +3,7 @@
 //! Everything that is stored, replicated, sent or shown is one of these types.
 //! Touches neither network, disk nor clock.
 
+mod assignments;
 pub mod codec;
 pub mod defaults;
 pub mod id;

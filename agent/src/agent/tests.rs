@@ -243,6 +243,7 @@ fn set(kind: AssignmentsType, from: u64, to: u64, changes: Vec<Change>) -> Assig
                 change: Some(change),
             })
             .collect(),
+        shared: Vec::new(),
     }
 }
 

@@ -6,11 +6,11 @@
 //! to tasks and tables is worked out once ([`Delta`]); a node's [`AssignmentSet`]
 //! then picks what concerns it. Nothing is rescanned but a network that is new to a node.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use bytes::{Bytes, BytesMut};
 use ipnet::Ipv4Net;
 use prost::Message as _;
 use swarm_proto::task_state::is_terminal;
@@ -22,11 +22,74 @@ use swarm_proto::v1::{
 use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
 use swarm_store::{Change, Event, State};
 
-/// Encoded bytes of the changes in one message, if no single change is larger.
-const MESSAGE_BYTES: usize = 500 << 10;
+/// Encoded bytes of the changes in one message, if no single change is larger. A session holds a few
+/// messages at a time.
+const MESSAGE_BYTES: usize = 120 << 10;
+/// Encoded bytes of one part of shared changes, if no single change is larger.
+const PART_BYTES: usize = 30 << 10;
+/// Whole tables that are kept.
+const TABLES_MAX: usize = 1024;
 
-/// Changes that several nodes get.
-pub type Shared = Arc<[AssignmentChange]>;
+/// Changes that several nodes get, encoded once: on a network of ten thousand tasks, each of as
+/// many nodes gets every row.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    parts: Arc<[Bytes]>,
+    withdraws: bool,
+}
+
+impl Shared {
+    /// Encodes changes.
+    #[must_use]
+    pub fn new(changes: &[AssignmentChange]) -> Self {
+        let mut parts = Vec::new();
+        let mut part = BytesMut::new();
+        for change in changes {
+            // As the field `changes` of AssignmentChanges, with tag and length.
+            if part.len() + change.encoded_len() + 6 > PART_BYTES && !part.is_empty() {
+                parts.push(part.split().freeze());
+            }
+            prost::encoding::message::encode(1, change, &mut part);
+        }
+        if !part.is_empty() {
+            parts.push(part.freeze());
+        }
+        Self {
+            parts: parts.into(),
+            withdraws: changes.iter().any(withdraws),
+        }
+    }
+
+    /// Whether they take a task out of balancing that stays for a while.
+    pub(super) fn withdraws(&self) -> bool {
+        self.withdraws
+    }
+}
+
+/// Whole tables, encoded when the first node needs one and kept until it changes.
+#[derive(Debug, Default)]
+pub struct Tables(HashMap<NetworkId, Shared>);
+
+impl Tables {
+    /// The table of a network, as it is in `state`: the one that everything forgotten so far led to.
+    pub fn of(&mut self, state: &State, network: &NetworkId) -> Shared {
+        if let Some(known) = self.0.get(network) {
+            return known.clone();
+        }
+        if self.0.len() >= TABLES_MAX {
+            self.0.clear();
+        }
+        let made = Shared::new(&table(state, network));
+        self.0.insert(network.clone(), made.clone());
+        made
+    }
+
+    /// Forgets what a delta has changed.
+    pub fn forget(&mut self, delta: &Delta) {
+        self.0
+            .retain(|id, _| !delta.tables.contains_key(id) && delta.next.network(id).is_some());
+    }
+}
 
 fn change(kind: Kind) -> AssignmentChange {
     AssignmentChange { change: Some(kind) }
@@ -164,8 +227,6 @@ pub struct Delta {
     tasks: BTreeMap<NodeId, Vec<TaskChange>>,
     /// Per network: changes to it and its rows.
     tables: BTreeMap<NetworkId, Shared>,
-    /// Whole tables for nodes to which the network is new.
-    whole: RefCell<HashMap<NetworkId, Shared>>,
 }
 
 impl Delta {
@@ -284,9 +345,8 @@ impl Delta {
             tasks: by_node,
             tables: tables
                 .into_iter()
-                .map(|(id, rows)| (id, rows.into()))
+                .map(|(id, rows)| (id, Shared::new(&rows)))
                 .collect(),
-            whole: RefCell::default(),
         })
     }
 
@@ -305,14 +365,6 @@ impl Delta {
     pub fn networks(&self) -> impl Iterator<Item = &NetworkId> {
         self.tables.keys()
     }
-
-    fn whole(&self, network: &NetworkId) -> Shared {
-        let mut whole = self.whole.borrow_mut();
-        let table = whole
-            .entry(network.clone())
-            .or_insert_with(|| table(&self.next, network).into());
-        table.clone()
-    }
 }
 
 /// What one node holds.
@@ -326,8 +378,10 @@ pub struct AssignmentSet {
 /// How a node's set changes.
 #[derive(Debug, Default)]
 pub struct Advance {
-    /// In this order.
-    pub changes: Vec<Shared>,
+    /// Of tables.
+    pub shared: Vec<Shared>,
+    /// Of the node alone, after the others.
+    pub own: Vec<AssignmentChange>,
     /// Networks that are new to the node.
     pub gained: Vec<NetworkId>,
     /// Networks that it no longer holds.
@@ -353,20 +407,17 @@ impl AssignmentSet {
         }
     }
 
-    /// All of what the node must hold in this state, as changes to nothing.
-    #[must_use]
-    pub fn complete(state: &State, node_id: &NodeId) -> Vec<AssignmentChange> {
-        let set = Self::of(state, node_id);
-        let tables = set
-            .networks
-            .keys()
-            .flat_map(|network| table(state, network));
-        let tasks = state
-            .tasks_on_node(node_id)
-            .filter(|task| is_assigned(task));
-        tables
-            .chain(tasks.map(|task| change(Kind::Task((**task).clone()))))
-            .collect()
+    /// All of what the node must hold in the state that this is the set of, as changes to nothing.
+    pub fn complete(&self, state: &State, tables: &mut Tables) -> Advance {
+        let tasks = state.tasks_on_node(&self.node_id);
+        let tasks = tasks.filter(|task| is_assigned(task));
+        Advance {
+            shared: self.networks().map(|id| tables.of(state, id)).collect(),
+            own: tasks
+                .map(|task| change(Kind::Task((**task).clone())))
+                .collect(),
+            ..Advance::default()
+        }
     }
 
     /// The networks that the node holds.
@@ -374,8 +425,9 @@ impl AssignmentSet {
         self.networks.keys()
     }
 
-    /// Takes in a delta that starts from the state that the set was last true of.
-    pub fn advance(&mut self, delta: &Delta) -> Advance {
+    /// Takes in a delta that starts from the state that the set was last true of. `tables` has
+    /// forgotten what the delta changes.
+    pub fn advance(&mut self, delta: &Delta, tables: &mut Tables) -> Advance {
         let mut advance = Advance::default();
         let mut own = Vec::new();
         let before: BTreeSet<NetworkId> = match delta.tasks.contains_key(&self.node_id) {
@@ -408,7 +460,7 @@ impl AssignmentSet {
                 .filter(|network| !before.contains(*network))
             {
                 advance.gained.push(network.clone());
-                advance.changes.push(delta.whole(network));
+                advance.shared.push(tables.of(&delta.next, network));
             }
             for network in before
                 .into_iter()
@@ -420,12 +472,10 @@ impl AssignmentSet {
         }
         for (network, rows) in &delta.tables {
             if self.networks.contains_key(network) && !advance.gained.contains(network) {
-                advance.changes.push(rows.clone());
+                advance.shared.push(rows.clone());
             }
         }
-        if !own.is_empty() {
-            advance.changes.push(own.into());
-        }
+        advance.own = own;
         advance
     }
 }
@@ -449,25 +499,33 @@ pub fn messages(
     kind: AssignmentsType,
     applies_to: u64,
     results_in: u64,
-    changes: impl IntoIterator<Item = AssignmentChange>,
+    shared: &[Shared],
+    own: impl IntoIterator<Item = AssignmentChange>,
 ) -> Vec<Assignments> {
     let empty = || Assignments {
         r#type: kind.into(),
         applies_to,
         results_in,
         more: true,
-        changes: Vec::new(),
+        ..Assignments::default()
     };
     let mut messages = Vec::new();
-    let (mut current, mut size) = (empty(), 0);
-    for change in changes {
+    let (mut current, mut size) = (empty(), 0_usize);
+    let mut room_for = |current: &mut Assignments, length: usize| {
         // With its tag and length.
-        let length = change.encoded_len() + 6;
-        if size + length > MESSAGE_BYTES && !current.changes.is_empty() {
-            messages.push(std::mem::replace(&mut current, empty()));
+        let length = length + 6;
+        if size + length > MESSAGE_BYTES && size > 0 {
+            messages.push(std::mem::replace(current, empty()));
             size = 0;
         }
         size += length;
+    };
+    for part in shared.iter().flat_map(|shared| shared.parts.iter()) {
+        room_for(&mut current, part.len());
+        current.shared.push(part.clone());
+    }
+    for change in own {
+        room_for(&mut current, change.encoded_len());
         current.changes.push(change);
     }
     current.more = false;

@@ -8,15 +8,15 @@ use prost::Message as _;
 use swarm_proto::NodeId;
 use swarm_proto::v1::assignment_change::Change as Kind;
 use swarm_proto::v1::{
-    AssignmentChange, AssignmentsType, EndpointMode, EndpointSpec, ObjectKind, StoreAction, Task,
-    TaskState,
+    AssignmentChange, Assignments, AssignmentsType, EndpointMode, EndpointSpec, ObjectKind,
+    StoreAction, Task, TaskState,
 };
 use swarm_store::testing::{
     create, network, node, remove, report, service, task, transaction, update,
 };
 use swarm_store::{Change, State, Store};
 
-use super::assignments::{AssignmentSet, Delta, messages};
+use super::assignments::{Advance, AssignmentSet, Delta, Shared, Tables, messages};
 
 /// What an agent holds, as the protocol describes it: by kind and key.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -48,10 +48,13 @@ impl Held {
         };
     }
 
-    fn of<'a>(changes: impl IntoIterator<Item = &'a AssignmentChange>) -> Self {
-        let mut held = Self::default();
-        changes.into_iter().for_each(|change| held.take(change));
-        held
+    /// Takes what is sent for it.
+    fn follow(&mut self, advance: Advance) {
+        let kind = AssignmentsType::Incremental;
+        for message in messages(kind, 0, 0, &advance.shared, advance.own) {
+            let changes = message.into_changes().expect("encoded by us");
+            changes.iter().for_each(|change| self.take(change));
+        }
     }
 
     /// Without what an agent is not told again: versions, and its own reports.
@@ -214,6 +217,7 @@ proptest! {
             .into_iter()
             .map(|id| (AssignmentSet::of(&prior, &id), id, Held::default()))
             .collect();
+        let mut tables = Tables::default();
         let mut pending: Vec<Change> = Vec::new();
         let last = script.len();
         for (place, (steps, follow)) in script.into_iter().enumerate() {
@@ -241,16 +245,19 @@ proptest! {
             let Some(delta) = Delta::new(&prior, &pending) else {
                 continue;
             };
+            tables.forget(&delta);
             for (set, id, held) in &mut agents {
-                let advance = set.advance(&delta);
-                for change in advance.changes.iter().flat_map(|part| part.iter()) {
-                    held.take(change);
-                }
-                let complete = AssignmentSet::complete(delta.state(), id);
-                let complete = Held::of(&complete);
-                complete.check();
-                prop_assert_eq!(held.essential(), complete.essential());
+                held.follow(set.advance(&delta, &mut tables));
                 prop_assert_eq!(&*set, &AssignmentSet::of(delta.state(), id));
+                // Tables that are kept are those that would be made now.
+                let [complete, kept] = [&mut Tables::default(), &mut tables].map(|tables| {
+                    let mut complete = Held::default();
+                    complete.follow(set.complete(delta.state(), tables));
+                    complete.check();
+                    complete.essential()
+                });
+                prop_assert_eq!(&held.essential(), &complete);
+                prop_assert_eq!(kept, complete);
             }
             prior = Arc::clone(delta.state());
             pending.clear();
@@ -270,18 +277,18 @@ fn a_large_set_is_cut_into_messages_of_bounded_size() {
             change: Some(Kind::Task(made)),
         }
     });
-    let cut = messages(AssignmentsType::Complete, 0, 9, made);
+    let made: Vec<_> = made.collect();
+    let (shared, own) = made.split_at(1000);
+    let shared = [Shared::new(&shared[..300]), Shared::new(&shared[300..])];
+    let cut = messages(AssignmentsType::Complete, 0, 9, &shared, own.to_vec());
     assert!(cut.len() > 2);
-    assert!(cut.iter().all(|message| message.encoded_len() <= 512 << 10));
+    assert!(cut.iter().all(|message| message.encoded_len() <= 128 << 10));
     let more: Vec<bool> = cut.iter().map(|message| message.more).collect();
     assert!(more[..more.len() - 1].iter().all(|more| *more) && !more[more.len() - 1]);
-    assert_eq!(
-        cut.iter()
-            .map(|message| message.changes.len())
-            .sum::<usize>(),
-        3000
-    );
-    let empty = messages(AssignmentsType::Complete, 0, 9, []);
+    let all = cut.into_iter().map(Assignments::into_changes);
+    let all: Result<Vec<_>, _> = all.collect();
+    assert_eq!(all.expect("encoded by us").concat(), made);
+    let empty = messages(AssignmentsType::Complete, 0, 9, &[], []);
     assert_eq!(empty.len(), 1);
     assert!(!empty[0].more);
 }

@@ -9,14 +9,14 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use swarm_proto::v1::{ManagerPeer, Node, SessionInfo};
+use swarm_proto::v1::{AssignmentChange, ManagerPeer, Node, SessionInfo};
 use swarm_proto::{NetworkId, NodeId, SessionId, defaults};
 use swarm_store::{Change, Consensus, Event, State, Store, Watch, WatchError};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::assignments::{AssignmentSet, Delta, Shared};
+use super::assignments::{AssignmentSet, Delta, Shared, Tables};
 
 /// Updates that a session may be behind before it is ended.
 const SESSION_QUEUE: usize = 1024;
@@ -28,13 +28,14 @@ const BATCH: usize = 512;
 /// Something for a session to send.
 #[derive(Debug)]
 pub(super) enum Update {
-    /// All of the node's set in this state.
-    Complete(Arc<State>),
-    /// A change to the set.
-    Incremental {
-        applies_to: u64,
+    /// The node's set, or a change to it.
+    Assignments {
+        /// The revision that the change starts from; the whole set has none.
+        applies_to: Option<u64>,
         results_in: u64,
-        changes: Vec<Shared>,
+        /// First, and then
+        shared: Vec<Shared>,
+        own: Vec<AssignmentChange>,
     },
     /// The node itself or the managers have changed.
     Info(Box<SessionInfo>),
@@ -116,6 +117,7 @@ pub(super) fn hub(
         state,
         sessions: HashMap::new(),
         holders: HashMap::new(),
+        tables: Tables::default(),
     };
     (
         Hub { commands },
@@ -180,6 +182,8 @@ struct Registry {
     sessions: HashMap<NodeId, Entry>,
     /// Nodes with a session that hold each network.
     holders: HashMap<NetworkId, BTreeSet<NodeId>>,
+    /// As they are in that state.
+    tables: Tables,
 }
 
 struct Entry {
@@ -229,6 +233,7 @@ impl Registry {
                 .or_default()
                 .insert(node_id.clone());
         }
+        let complete = set.complete(&self.state, &mut self.tables);
         let entry = Entry {
             session_id,
             set,
@@ -237,7 +242,12 @@ impl Registry {
             end,
         };
         // The queue is empty: it fits.
-        let _ = queue.try_send(Update::Complete(self.state.clone()));
+        let _ = queue.try_send(Update::Assignments {
+            applies_to: None,
+            results_in: entry.revision,
+            shared: complete.shared,
+            own: complete.own,
+        });
         let registered = Registered {
             info: self.info(&node_id),
             updates,
@@ -257,8 +267,8 @@ impl Registry {
     /// Has all other sessions delete the endpoints of a node.
     #[cfg(feature = "museum")]
     fn delete_endpoints(&mut self, node_id: &NodeId, lost: Option<Entry>) {
+        use swarm_proto::v1::EndpointKey;
         use swarm_proto::v1::assignment_change::Change as Kind;
-        use swarm_proto::v1::{AssignmentChange, EndpointKey};
         let networks = lost.iter().flat_map(|entry| entry.set.networks());
         for network in networks.cloned().collect::<Vec<_>>() {
             let on_node = self
@@ -278,10 +288,11 @@ impl Registry {
                 let Some(revision) = self.sessions.get(&holder).map(|entry| entry.revision) else {
                     continue;
                 };
-                let update = Update::Incremental {
-                    applies_to: revision,
+                let update = Update::Assignments {
+                    applies_to: Some(revision),
                     results_in: revision,
-                    changes: vec![rows.clone().into()],
+                    shared: Vec::new(),
+                    own: rows.clone(),
                 };
                 self.send(&holder, update);
             }
@@ -310,6 +321,7 @@ impl Registry {
             return;
         };
         self.state = delta.state().clone();
+        self.tables.forget(&delta);
         let mut concerned: BTreeSet<NodeId> = delta.nodes().cloned().collect();
         for network in delta.networks() {
             concerned.extend(self.holders.get(network).into_iter().flatten().cloned());
@@ -324,7 +336,7 @@ impl Registry {
         let Some(entry) = self.sessions.get_mut(&node_id) else {
             return;
         };
-        let advance = entry.set.advance(delta);
+        let advance = entry.set.advance(delta, &mut self.tables);
         for network in advance.gained {
             self.holders
                 .entry(network)
@@ -334,14 +346,15 @@ impl Registry {
         for network in &advance.lost {
             release(&mut self.holders, network, &node_id);
         }
-        if advance.changes.is_empty() {
+        if advance.shared.is_empty() && advance.own.is_empty() {
             return;
         }
         let results_in = delta.state().index();
-        let update = Update::Incremental {
-            applies_to: std::mem::replace(&mut entry.revision, results_in),
+        let update = Update::Assignments {
+            applies_to: Some(std::mem::replace(&mut entry.revision, results_in)),
             results_in,
-            changes: advance.changes,
+            shared: advance.shared,
+            own: advance.own,
         };
         self.send(&node_id, update);
     }
@@ -588,13 +601,12 @@ mod tests {
         let mut revision = None;
         while let Ok(update) = slow.updates.try_recv() {
             match update {
-                Update::Complete(state) => revision = Some(state.index()),
-                Update::Incremental {
+                Update::Assignments {
                     applies_to,
                     results_in,
                     ..
                 } => {
-                    assert_eq!(revision, Some(applies_to));
+                    assert_eq!(revision, applies_to);
                     revision = Some(results_in);
                 }
                 other => panic!("{other:?}"),
@@ -609,7 +621,10 @@ mod tests {
         let mut session = running.open().await;
         assert!(matches!(
             session.updates.recv().await,
-            Some(Update::Complete(_))
+            Some(Update::Assignments {
+                applies_to: None,
+                ..
+            })
         ));
         let mut ahead = State::clone(&running.consensus.store().state());
         let mut made = task("t", "s", &[]);
@@ -623,24 +638,25 @@ mod tests {
         ahead = ahead.apply(index, &transaction).expect("valid").state;
         running.consensus.store().replace(ahead);
         match session.updates.recv().await.expect("the session goes on") {
-            Update::Incremental {
+            Update::Assignments {
+                applies_to: Some(_),
                 results_in,
-                changes,
+                own,
                 ..
             } => {
                 assert_eq!(results_in, index);
-                assert_eq!(changes.iter().map(|part| part.len()).sum::<usize>(), 1);
+                assert_eq!(own.len(), 1);
             }
             other => panic!("{other:?}"),
         }
         let next = running.assign("t2");
         match session.updates.recv().await.expect("the session goes on") {
-            Update::Incremental {
+            Update::Assignments {
                 applies_to,
                 results_in,
                 ..
             } => {
-                assert_eq!((applies_to, results_in), (index, next));
+                assert_eq!((applies_to, results_in), (Some(index), next));
             }
             other => panic!("{other:?}"),
         }
@@ -653,7 +669,10 @@ mod tests {
         let mut session = running.open().await;
         assert!(matches!(
             session.updates.recv().await,
-            Some(Update::Complete(_))
+            Some(Update::Assignments {
+                applies_to: None,
+                ..
+            })
         ));
         let first = running.consensus.store().state().index();
         // The hub does not run meanwhile. More than the store remembers:
@@ -673,14 +692,14 @@ mod tests {
         }
         let index = running.consensus.store().state().index();
         match session.updates.recv().await.expect("the session goes on") {
-            Update::Incremental {
+            Update::Assignments {
                 applies_to,
                 results_in,
-                changes,
+                own,
+                ..
             } => {
-                assert_eq!((applies_to, results_in), (first, index));
-                let sent: usize = changes.iter().map(|part| part.len()).sum();
-                assert_eq!(sent, made / 1000);
+                assert_eq!((applies_to, results_in), (Some(first), index));
+                assert_eq!(own.len(), made / 1000);
             }
             other => panic!("{other:?}"),
         }
@@ -693,7 +712,10 @@ mod tests {
         let mut session = running.open().await;
         assert!(matches!(
             session.updates.recv().await,
-            Some(Update::Complete(_))
+            Some(Update::Assignments {
+                applies_to: None,
+                ..
+            })
         ));
         let store = running.consensus.store();
         let mut seen = (**store.state().node("w1").expect("there")).clone();
@@ -705,7 +727,7 @@ mod tests {
             .expect("valid");
         let index = running.assign("t");
         match session.updates.recv().await.expect("the session goes on") {
-            Update::Incremental { results_in, .. } => assert_eq!(results_in, index),
+            Update::Assignments { results_in, .. } => assert_eq!(results_in, index),
             other => panic!("{other:?}"),
         }
         running.stop().await;

@@ -32,7 +32,7 @@ use tracing::Instrument;
 use crate::clock::Clock;
 use crate::leader::LeaderLoop;
 
-pub use assignments::{Advance, AssignmentSet, Delta, Shared, messages};
+pub use assignments::{Advance, AssignmentSet, Delta, Shared, Tables, messages};
 pub use liveness::{Connect, Liveness, Tracker, Verdict, heartbeat_period};
 pub use session::Sessions;
 
@@ -132,6 +132,7 @@ pub(crate) fn complete(
     node: &NodeId,
 ) -> Vec<swarm_proto::v1::Assignments> {
     let kind = swarm_proto::v1::AssignmentsType::Complete;
-    let changes = assignments::AssignmentSet::complete(state, node);
-    assignments::messages(kind, 0, state.index(), changes)
+    let set = AssignmentSet::of(state, node);
+    let complete = set.complete(state, &mut Tables::default());
+    messages(kind, 0, state.index(), &complete.shared, complete.own)
 }

@@ -30,12 +30,12 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-use super::assignments::{AssignmentSet, messages, withdraws};
+use super::assignments::{Shared, messages};
 use super::hub::{Hub, Update, removed};
 use super::intake::{Intake, Report};
 use super::liveness::{Liveness, grace, heartbeat_period};
 
-/// Messages that wait for the connection to take them, each of at most 512 KiB
+/// Messages that wait for the connection to take them, each of at most 128 KiB
 /// or one object.
 const OUTBOUND: usize = 4;
 /// Encoded bytes of one task's status; what is longer loses its texts.
@@ -370,27 +370,21 @@ impl Session {
 
     async fn write_one(&self, update: Update) -> Result<(), Status> {
         match update {
-            Update::Complete(state) => {
-                let changes = AssignmentSet::complete(&state, &self.node_id);
-                let revision = state.index();
-                self.awaited.store(revision, Ordering::Relaxed);
-                for message in messages(AssignmentsType::Complete, 0, revision, changes) {
-                    self.send(manager_message::Message::Assignments(message))
-                        .await?;
-                }
-            }
-            Update::Incremental {
+            Update::Assignments {
                 applies_to,
                 results_in,
-                changes,
+                shared,
+                own,
             } => {
-                let changes = changes.iter().flat_map(|part| part.iter());
-                if changes.clone().any(withdraws) {
+                if applies_to.is_none() || shared.iter().any(Shared::withdraws) {
                     self.awaited.store(results_in, Ordering::Relaxed);
                 }
-                let changes = changes.cloned();
-                let kind = AssignmentsType::Incremental;
-                for message in messages(kind, applies_to, results_in, changes) {
+                let kind = match applies_to {
+                    Some(_) => AssignmentsType::Incremental,
+                    None => AssignmentsType::Complete,
+                };
+                let applies_to = applies_to.unwrap_or(0);
+                for message in messages(kind, applies_to, results_in, &shared, own) {
                     self.send(manager_message::Message::Assignments(message))
                         .await?;
                 }
