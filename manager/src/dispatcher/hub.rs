@@ -47,7 +47,7 @@ pub(super) enum Update {
 #[derive(Debug)]
 pub(super) struct Registered {
     /// As of the complete set; changes follow.
-    pub(super) info: SessionInfo,
+    pub(super) info: Option<Box<SessionInfo>>,
     pub(super) updates: mpsc::Receiver<Update>,
     /// For what else goes to the session, in order with the rest.
     pub(super) queue: mpsc::Sender<Update>,
@@ -249,7 +249,7 @@ impl Registry {
             own: complete.own,
         });
         let registered = Registered {
-            info: self.info(&node_id),
+            info: Some(Box::new(self.info(&node_id))),
             updates,
             queue,
             ended,
@@ -569,7 +569,7 @@ mod tests {
     async fn sessions_are_told_when_no_leader_hears_their_manager() {
         let running = running();
         let mut held = running.open().await;
-        assert!(!held.info.leaderless);
+        assert!(!held.info.as_ref().expect("new").leaderless);
         let mut told = async || loop {
             match held.updates.recv().await.expect("the session goes on") {
                 Update::Info(info) => return info.leaderless,
@@ -578,7 +578,7 @@ mod tests {
         };
         running.leaderless.send_replace(true);
         assert!(told().await);
-        assert!(running.open().await.info.leaderless);
+        assert!(running.open().await.info.expect("new").leaderless);
         running.stop().await;
     }
 

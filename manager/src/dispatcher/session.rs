@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::Stream;
+use futures::{Stream, TryStreamExt as _};
 use prost::Message as _;
 use swarm_identity::Caller;
 use swarm_proto::task_state::{OWNERS, Owner};
@@ -62,7 +62,9 @@ impl std::fmt::Debug for Sessions {
     }
 }
 
-type Outbound = mpsc::Sender<Result<ManagerMessage, Status>>;
+/// Boxed, as is what else waits or is seldom done: there is a session for each node, and a channel has
+/// memory for 32 messages at once.
+type Outbound = mpsc::Sender<Result<Box<ManagerMessage>, Status>>;
 
 #[tonic::async_trait]
 impl dispatcher_server::Dispatcher for Sessions {
@@ -96,7 +98,8 @@ impl dispatcher_server::Dispatcher for Sessions {
         let span = tracing::info_span!("session", node = %node_id);
         let inbound = request.into_inner();
         self.running.spawn(session.run(inbound).instrument(span));
-        Ok(Response::new(Box::pin(ReceiverStream::new(sent))))
+        let sent = ReceiverStream::new(sent).map_ok(|message| *message);
+        Ok(Response::new(Box::pin(sent)))
     }
 }
 
@@ -125,7 +128,7 @@ impl Session {
 
     /// Returns why the session is over.
     async fn serve(&self, mut inbound: Streaming<AgentMessage>) -> Status {
-        match self.begin(&mut inbound).await {
+        match Box::pin(self.begin(&mut inbound)).await {
             Ok(mut registered) => {
                 let updates = &mut registered.updates;
                 tokio::select! {
@@ -168,7 +171,7 @@ impl Session {
         let welcome = manager_message::Message::Registered(Registered {
             session_id: self.session_id.to_string(),
             heartbeat_period: prost_types::Duration::try_from(period).ok(),
-            info: Some(std::mem::take(&mut registered.info)),
+            info: registered.info.take().map(|info| *info),
         });
         self.send(welcome).await?;
         self.sessions.liveness.opened(&self.node_id);
@@ -271,12 +274,13 @@ impl Session {
                     return Status::ok("the node leaves");
                 }
                 Some(agent_message::Message::Status(report)) => {
-                    if let Err(refused) = self.take_in(report, queue).await {
+                    if let Err(refused) = Box::pin(self.take_in(report, queue)).await {
                         return refused;
                     }
                 }
                 Some(agent_message::Message::Description(described)) => {
-                    if let Err(refused) = self.describe(&self.store_state(), described).await {
+                    let state = self.store_state();
+                    if let Err(refused) = Box::pin(self.describe(&state, described)).await {
                         return refused;
                     }
                 }
@@ -399,9 +403,9 @@ impl Session {
     }
 
     async fn send(&self, message: manager_message::Message) -> Result<(), Status> {
-        let message = ManagerMessage {
+        let message = Box::new(ManagerMessage {
             message: Some(message),
-        };
+        });
         let sent = self.outbound.send(Ok(message)).await;
         sent.map_err(|_| Status::cancelled("the agent has closed the connection"))
     }
