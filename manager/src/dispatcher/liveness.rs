@@ -454,22 +454,12 @@ impl Liveness {
                 sent = sending => sent,
             };
             failed = sent.is_err();
-            if failed {
-                let leader = leadership.borrow().leader.clone();
-                let another = leader.is_some_and(|leader| leader.node_id != self.shared.node_id);
-                let leaderless = self
-                    .shared
-                    .standing
-                    .lock()
-                    .leaderless(now(), period, another);
-                self.stand(leaderless || *self.shared.leaderless.borrow());
+            match sent.as_ref() {
+                Ok(&by_itself) => self.taken(by_itself),
+                Err(_) => self.untaken(&leadership, period),
             }
             match sent {
-                Ok(by_itself) => {
-                    refused_since = None;
-                    self.shared.standing.lock().taken(now(), by_itself);
-                    self.stand(false);
-                }
+                Ok(_) => refused_since = None,
                 Err(Unsent::Demoted(reason))
                     if refused_since.get_or_insert_with(Instant::now).elapsed() < DEMOTED_AFTER =>
                 {
@@ -491,6 +481,23 @@ impl Liveness {
                     self.take_back(reported);
                 }
             }
+        }
+    }
+
+    /// A leader, this manager itself perhaps, has taken a report.
+    fn taken(&self, by_itself: bool) {
+        self.shared.standing.lock().taken(now(), by_itself);
+        self.stand(false);
+    }
+
+    /// No leader has taken a report.
+    fn untaken(&self, leadership: &watch::Receiver<Leadership>, period: Duration) {
+        let leader = leadership.borrow().leader.clone();
+        let another = leader.is_some_and(|leader| leader.node_id != self.shared.node_id);
+        let standing = self.shared.standing.lock();
+        if standing.leaderless(now(), period, another) {
+            drop(standing);
+            self.stand(true);
         }
     }
 
