@@ -34,7 +34,7 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::error::{FatalReporter, failed};
-use crate::node::RaftTiming;
+use crate::node::{Progress, RaftTiming};
 use crate::state_machine::StateMachine;
 use crate::transport::{EXPELLED, LEADER, Lane, Pool, REFUSED, leader_hint, not_done};
 use crate::types::{Command, LogId, Peer, TypeConfig};
@@ -637,6 +637,26 @@ impl Group {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         members_of(&metrics, self.raft_id, self.reach_window())
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = metrics.membership_config.log_id();
+        Progress {
+            voted_term: metrics.vote.leader_id().term,
+            last_index: metrics.last_log_index.unwrap_or(0),
+            committed: metrics.local_committed.map_or(0, |id| id.index),
+            membership: membership.as_ref().map_or(0, |id| id.index),
+        }
+    }
+
+    /// Leader: the last entry that a member is known to have.
+    pub(crate) fn matched(&self, raft_id: u64) -> Option<u64> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let matched = metrics.replication.as_ref()?.get(&raft_id)?.as_ref()?;
+        Some(matched.index)
     }
 
     /// The address of the leader, unless this one leads or none is known.

@@ -23,6 +23,6 @@ mod types;
 mod weight;
 
 pub use error::{DiskError, RaftFatal, StartError};
-pub use node::{RaftConfig, RaftNode, RaftTiming};
+pub use node::{Progress, RaftConfig, RaftNode, RaftTiming};
 pub use service::RaftService;
 pub use transport::Repeats;

@@ -114,6 +114,19 @@ pub struct RaftConfig {
     pub repeats: Option<Repeats>,
 }
 
+/// How far a member is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The newest term that it has a vote of which it says is durable.
+    pub voted_term: u64,
+    /// The last entry of its log, durable or not.
+    pub last_index: u64,
+    /// The last entry that it knows to be committed.
+    pub committed: u64,
+    /// The entry that says who the members are now ([`Consensus::members`]).
+    pub membership: u64,
+}
+
 impl RaftConfig {
     /// With default timing and limits, on the machine's disk, with threads of its own.
     #[must_use]
@@ -415,6 +428,18 @@ impl RaftNode {
     #[must_use]
     pub fn raft_id(&self) -> u64 {
         self.group.raft_id
+    }
+
+    /// How far this member is, for whoever watches it from outside.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.group.progress()
+    }
+
+    /// Leader: the last entry that this member of the group is known to have.
+    #[must_use]
+    pub fn matched(&self, raft_id: u64) -> Option<u64> {
+        self.group.matched(raft_id)
     }
 
     /// The failure after which this member cannot go on, once there is one:

@@ -13,8 +13,10 @@ use swarm_identity::KeyMaterial;
 use swarm_proto::TaskId;
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::object::Object as Kind;
-use swarm_proto::v1::{JoinTokens, NodeRole, Object, Task, TaskState, UpdateOrder, WatchAction};
-use swarm_raft::RaftNode;
+use swarm_proto::v1::{
+    JoinTokens, NodeRole, NodeState, Object, Task, TaskState, UpdateOrder, WatchAction,
+};
+use swarm_raft::{Progress, RaftNode};
 use swarm_store::{Change, Consensus as _, Event, Leadership, State, Store, Watch, WatchError};
 use tokio::sync::watch;
 
@@ -31,6 +33,9 @@ struct Replica {
     watch: Watch,
     leadership: watch::Receiver<Leadership>,
     seen: u64,
+    progress: Progress,
+    /// The voters, as it saw them in a term in which it leads.
+    voters: Option<(u64, BTreeSet<u64>)>,
 }
 
 struct Entry {
@@ -53,6 +58,14 @@ pub struct Checker {
     started: BTreeMap<TaskId, HostId>,
     /// Services that had an update that starts first.
     start_first: BTreeSet<String>,
+    /// By raft ID: the newest term in which it said that it has a durable vote.
+    votes: BTreeMap<u64, u64>,
+    /// By raft ID: what was committed when it became a learner.
+    learners: BTreeMap<u64, u64>,
+    /// Nodes that were taken out of the cluster.
+    removed: BTreeSet<String>,
+    /// No node may be taken for dead now, but these.
+    calm: Option<BTreeSet<String>>,
     ended: Vec<(u64, HostId, String)>,
     complaint: Option<String>,
     /// What was looked at.
@@ -121,6 +134,25 @@ pub fn started(host: HostId, task: &TaskId) {
             "task {task} is started on h{host}, and was on h{before}"
         ));
     }
+}
+
+/// Whether this node was taken out of the cluster.
+pub fn removed(node: &str) -> bool {
+    with(|checker| checker.removed.contains(node))
+}
+
+/// From now on nothing is wrong but clocks: no node may be taken for dead.
+pub fn calm() {
+    with(|checker| checker.calm = Some(BTreeSet::new()));
+}
+
+/// This node may, whatever else is calm.
+pub fn may_be_down(node: &str) {
+    with(|checker| {
+        if let Some(silent) = &mut checker.calm {
+            silent.insert(node.to_owned());
+        }
+    });
 }
 
 /// A process has ended by itself.
@@ -196,7 +228,8 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
             (raft, material, member.identity.role())
         })
     });
-    let complaint = with(|checker| {
+    let raft = found.as_ref().and_then(|(raft, ..)| raft.clone());
+    let (complaint, voted) = with(|checker| {
         match found {
             // It is just changing; what is followed is followed on.
             None | Some((None, _, NodeRole::Manager)) => {}
@@ -215,10 +248,14 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
             }
         }
         checker.follow(host);
-        checker.complaint.take()
+        let voted = raft.is_some_and(|raft| checker.follow_raft(host, &raft));
+        (checker.complaint.take(), voted)
     });
     if let Some(complaint) = complaint {
         sim.fail(complaint);
+    }
+    if voted {
+        crate::plan::voted(sim, host);
     }
 }
 
@@ -300,6 +337,8 @@ impl Checker {
             watch,
             leadership: raft.leadership(),
             store,
+            progress: Progress::default(),
+            voters: None,
         };
         self.replicas.insert(host, replica);
     }
@@ -346,6 +385,67 @@ impl Checker {
         self.replicas.insert(host, replica);
     }
 
+    /// What its raft member says of itself. Whether it has voted in a new term.
+    fn follow_raft(&mut self, host: HostId, raft: &RaftNode) -> bool {
+        let now = raft.progress();
+        let Some(replica) = self.replicas.get_mut(&host) else {
+            return false;
+        };
+        let before = std::mem::replace(&mut replica.progress, now);
+        if now == before {
+            return false;
+        }
+        if now.membership != before.membership {
+            self.follow_members(host, raft, now);
+        }
+        // One that has only just begun says 0.
+        if now.voted_term == before.voted_term || now.voted_term == 0 {
+            return false;
+        }
+        let known = self.votes.insert(raft.raft_id(), now.voted_term);
+        if let Some(known) = known.filter(|known| *known > now.voted_term) {
+            self.complain(format!(
+                "h{host} had a durable vote in term {known}, and has only one in term {}",
+                now.voted_term
+            ));
+        }
+        before.voted_term != 0
+    }
+
+    /// A member that becomes a voter has what was committed when it became a learner.
+    fn follow_members(&mut self, host: HostId, raft: &RaftNode, now: Progress) {
+        let Some(replica) = self.replicas.get_mut(&host) else {
+            return;
+        };
+        let leadership = replica.leadership.borrow().clone();
+        if !leadership.is_leader {
+            replica.voters = None;
+            return;
+        }
+        let members = raft.members();
+        let is_voter = |voter| {
+            let chosen = members.iter().filter(move |member| member.voter == voter);
+            chosen.map(|member| member.raft_id)
+        };
+        let voters: BTreeSet<u64> = is_voter(true).collect();
+        let before = replica.voters.replace((leadership.term, voters.clone()));
+        for learner in is_voter(false) {
+            self.learners.entry(learner).or_insert(now.committed);
+        }
+        let Some((_, before)) = before.filter(|(term, _)| *term == leadership.term) else {
+            return;
+        };
+        for voter in voters.difference(&before) {
+            let has = raft.matched(*voter).unwrap_or(0);
+            if let Some(must) = self.learners.get(voter).filter(|must| has < **must) {
+                self.complain(format!(
+                    "h{host} makes raft member {voter} a voter that has the log up to {has}, and {must} was committed when it came"
+                ));
+                return;
+            }
+        }
+    }
+
     fn change(&mut self, host: HostId, seen: u64, change: &Change) {
         let index = change.index;
         let found = events_digest(&change.events);
@@ -385,6 +485,7 @@ impl Checker {
             }
         }
         for event in change.events.iter() {
+            self.node_event(event, index);
             if let Event::Service { new: Some(new), .. } = event
                 && let Some(spec) = &new.spec
                 && spec.update.as_ref().map(|update| update.order())
@@ -408,6 +509,34 @@ impl Checker {
             && let Some((_, old)) = self.canon.iter_mut().rev().nth(STATES)
         {
             old.state = None;
+        }
+    }
+
+    fn node_event(&mut self, event: &Event, index: u64) {
+        let down = |node: &swarm_proto::v1::Node| {
+            let status = node.status.as_ref();
+            status.is_some_and(|status| status.state() == NodeState::Down)
+        };
+        match event {
+            Event::Node {
+                old: Some(old),
+                new: None,
+            } => {
+                self.removed.insert(old.id.clone());
+            }
+            Event::Node {
+                old: Some(old),
+                new: Some(new),
+            } if !down(old) && down(new) => {
+                let silent = self.calm.as_ref();
+                if silent.is_some_and(|silent| !silent.contains(&new.id)) {
+                    self.complain(format!(
+                        "at {index}: node {}, which is heard, is taken for dead",
+                        new.id
+                    ));
+                }
+            }
+            _ => {}
         }
     }
 

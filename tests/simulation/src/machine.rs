@@ -16,8 +16,8 @@ use swarm_agent::network::fake::FakeDataplane;
 use swarm_agent::runtime::fake::{FakeRuntime, Fuse};
 use swarm_daemon::address::LocalAddress;
 use swarm_daemon::{Environment, Host, ManagerSlot, Node, Tune};
-use swarm_disk::Threads;
 use swarm_disk::memory::MemoryDisk;
+use swarm_disk::{Disk as _, Threads};
 use swarm_proto::defaults::API_PORT;
 use swarm_proto::v1::{InitRequest, JoinClusterRequest, NodeDescription, Platform, Resources};
 use swarm_raft::{RaftTiming, Repeats};
@@ -34,6 +34,10 @@ use crate::world::{self, HostId, SECOND};
 const REPEATED_AFTER: u64 = SECOND / 2;
 /// Between two attempts to join.
 const JOIN_AGAIN: Duration = Duration::from_millis(700);
+/// Between two looks of whoever runs the machine at whether its node is in the cluster.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long a node may have a session after it was removed: longer than it takes to hear of it.
+pub const REMOVED_AFTER: u64 = 3 * SECOND;
 
 /// What survives a process.
 pub struct Machine {
@@ -153,6 +157,11 @@ impl Machine {
         self.dataplane.change(|state| *state = Default::default());
     }
 
+    /// Its raft log is lost, or was moved away; certificate and agent are what they were.
+    pub fn lose_log(&self) -> io::Result<()> {
+        self.disk.remove_dir(&self.dir().join("raft"))
+    }
+
     /// Certificate and settings are plain files, small and replaced whole.
     fn dir(&self) -> PathBuf {
         PathBuf::from(format!("h{}", self.host))
@@ -223,7 +232,34 @@ impl Machine {
         NODES.with(|nodes| nodes.borrow_mut().insert(self.host, Arc::clone(&node)));
         let held = node.hold().await;
         node.resume(held).await.context("resuming")?;
+        tokio::select! {
+            why = reason.recv() => anyhow::bail!(why.unwrap_or_default()),
+            () = self.operate(&node, begin) => Ok(()),
+        }
+    }
+
+    /// What whoever runs the machine does: sees to it that its node is in the cluster.
+    async fn operate(&self, node: &Node, begin: Begin) {
+        loop {
+            self.be_member(node, begin).await;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn be_member(&self, node: &Node, begin: Begin) {
         let addr = ip_of(self.host).to_string();
+        let removed = || {
+            let id = node.look(|member| member.identity.node_id().to_string());
+            id.is_some_and(|id| check::removed(&id))
+        };
+        if removed() {
+            world::sleep(2 * REMOVED_AFTER).await;
+            if removed()
+                && let Err(status) = node.leave(true).await
+            {
+                tracing::info!(%status, "not out of the cluster yet");
+            }
+        }
         while node.look(|_| ()).is_none() {
             let entered = if begin == Begin::Found && !check::founded() {
                 let request = InitRequest {
@@ -248,7 +284,5 @@ impl Machine {
                 tokio::time::sleep(JOIN_AGAIN).await;
             }
         }
-        let why = reason.recv().await;
-        anyhow::bail!(why.unwrap_or_default())
     }
 }

@@ -4,13 +4,13 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use swarm_proto::v1::NodeRole;
-use swarm_store::State;
+use swarm_proto::v1::{NodeRole, NodeState};
+use swarm_store::{Consensus as _, State};
 
 use crate::check;
 use crate::dice::Dice;
 use crate::engine::Sim;
-use crate::machine::{self, Begin, Machine, addr_of};
+use crate::machine::{self, Begin, Machine, REMOVED_AFTER, addr_of};
 use crate::workload::{self, Client};
 use crate::world::{self, HostId, MICRO, MILLI, SECOND};
 
@@ -31,8 +31,24 @@ const HEAL_LIMIT: u64 = 120 * SECOND;
 const EVENTS_MAX: usize = 100_000;
 /// Bytes on their way at once, all connections together.
 const BYTES_MAX: usize = 64 << 20;
+/// One in so many votes is followed by a power cut.
+const VOTES: u64 = 12;
 /// Between two looks at whether it is.
 const LOOK: u64 = 200 * MILLI;
+
+/// A node that nobody hears is Down by then (`swarm_proto::defaults::HEARTBEAT`).
+const DOWN_WITHIN: u64 = 5 * SECOND;
+
+/// What comes once the cluster is well again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    /// A worker dies in silence, while clocks jump.
+    Silence,
+    /// A worker that lives is removed.
+    Dismissal,
+    /// Nothing.
+    End,
+}
 
 struct Stage {
     machines: Vec<Arc<Machine>>,
@@ -42,6 +58,9 @@ struct Stage {
     dice: Dice,
     healing: bool,
     heal_until: u64,
+    next: Act,
+    /// The node that the administrator is to remove, although it lives.
+    dismissed: Option<String>,
     trouble: u64,
     client_pause: u64,
     faults: u64,
@@ -136,6 +155,8 @@ pub fn make(sim: &mut Sim, seed: u64, size: Size) {
             dice,
             healing: false,
             heal_until: 0,
+            next: Act::Silence,
+            dismissed: None,
             trouble: size.trouble,
             client_pause,
             faults: 0,
@@ -223,22 +244,97 @@ fn stop(sim: &mut Sim, host: HostId, power: bool, pause: u64) {
     again(pause, move |sim| start(sim, host));
 }
 
-/// A new machine takes the place of an old one, which is lost for ever. At most one manager at a
-/// time, as no cluster survives the loss of most of its managers.
-fn replace(sim: &mut Sim, host: HostId, pause: u64) {
-    let Some(state) = check::newest() else { return };
-    let managers = managers();
-    if managers.contains(&host) && (managers.len() < 3 || !stale(&state).is_empty()) {
-        return;
+/// Whether the raft log of this host may be lost. At most one manager's at a time, as no cluster
+/// survives the loss of most: the one before must be replaced and vote.
+fn may_lose(sim: &Sim, host: HostId) -> bool {
+    if !sim.is_up(host) || machine::node(host).is_none() {
+        return false;
     }
-    let all_serve = managers.iter().all(|host| check::serving().contains(host));
-    if !all_serve || !sim.is_up(host) || machine::node(host).is_none() {
+    let managers = managers();
+    let Some(state) = check::newest() else {
+        return false;
+    };
+    if managers.contains(&host) && (managers.len() < 3 || !stale(&state).is_empty()) {
+        return false;
+    }
+    let raft_id = |host: &HostId| {
+        machine::node(*host)?.look(|member| member.with_manager(|manager| manager.raft().raft_id()))
+    };
+    let serve: Option<BTreeSet<u64>> = managers.iter().map(|host| raft_id(host)?).collect();
+    let voters = check::leader().and_then(machine::node).and_then(|node| {
+        node.look(|member| member.with_manager(|manager| manager.raft().members()))
+    });
+    let voters = voters.flatten().map(|members| {
+        let voters = members
+            .iter()
+            .filter(|member| member.voter && member.reachable);
+        voters.map(|member| member.raft_id).collect()
+    });
+    serve.is_some() && serve == voters
+}
+
+/// A new machine takes the place of an old one, which is lost for ever.
+fn replace(sim: &mut Sim, host: HostId, pause: u64) {
+    if !may_lose(sim, host) {
         return;
     }
     sim.crash(host, true);
     check::gone(host);
     machine_of(host).wipe();
     again(pause, move |sim| start(sim, host));
+}
+
+/// A manager loses what it has of raft, and comes back at once.
+fn lose_log(sim: &mut Sim, host: HostId, pause: u64) {
+    if !managers().contains(&host) || !may_lose(sim, host) {
+        return;
+    }
+    sim.crash(host, false);
+    check::gone(host);
+    if let Err(error) = machine_of(host).lose_log() {
+        tracing::info!(%error, "the log stays");
+    }
+    again(pause / 8, move |sim| start(sim, host));
+}
+
+/// The node leaves the cluster, and comes again as another one.
+fn leave(sim: &mut Sim, host: HostId) {
+    if !may_lose(sim, host) {
+        return;
+    }
+    let Some(node) = machine::node(host) else {
+        return;
+    };
+    sim.spawn(host, async move {
+        if let Err(status) = node.leave(true).await {
+            tracing::info!(%status, "does not leave");
+        }
+    });
+}
+
+/// The worker's node, although it lives, is to be removed.
+fn dismiss(host: HostId) {
+    if managers().contains(&host) {
+        return;
+    }
+    let id = machine::node(host)
+        .and_then(|node| node.look(|member| member.identity.node_id().to_string()));
+    if let Some(id) = id {
+        with(|stage| stage.dismissed = Some(id));
+    }
+}
+
+/// The node that the administrator is to remove, although it lives.
+pub fn dismissed() -> Option<String> {
+    with(|stage| stage.dismissed.clone())
+}
+
+/// The host's manager has just voted: a bad moment for the power to go.
+pub fn voted(sim: &mut Sim, host: HostId) {
+    if !healing() && with(|stage| stage.dice.once_in(VOTES)) {
+        let pause = with(|stage| stage.dice.around(SECOND));
+        stop(sim, host, true, pause);
+    }
 }
 
 /// Some container of the host ends by itself.
@@ -270,7 +366,7 @@ fn trouble(sim: &mut Sim) {
         let other = stage.dice.below(all) as usize;
         let length = stage.dice.around(3 * SECOND);
         let pause = stage.dice.around(1200 * MILLI);
-        (stage.dice.below(110), host, other, length, pause)
+        (stage.dice.below(122), host, other, length, pause)
     });
     // Who leads is worth more trouble than others.
     if let Some(leader) = check::leader()
@@ -329,6 +425,9 @@ fn trouble(sim: &mut Sim) {
             again(length, move |sim| sim.set_skew(host, 0));
         }
         94..97 => replace(sim, host, length),
+        110..114 => leave(sim, host),
+        114..118 => dismiss(host),
+        118..122 => lose_log(sim, host, length),
         _ => end_container(sim, host),
     }
     let (events, bytes) = world::with(|world| (world.pending(), world.fabric.outstanding()));
@@ -387,7 +486,11 @@ fn heal(sim: &mut Sim) {
 
 fn look(sim: &mut Sim) {
     match unwell(sim) {
-        None => sim.done(),
+        None => match with(|stage| stage.next) {
+            Act::Silence => silence(sim),
+            Act::Dismissal => dismissal(sim),
+            Act::End => sim.done(),
+        },
         Some(reason) if world::now() > with(|stage| stage.heal_until) => {
             sim.fail(format!(
                 "{} s after all faults have ended: {reason}",
@@ -396,6 +499,104 @@ fn look(sim: &mut Sim) {
         }
         Some(_) => again(LOOK, look),
     }
+}
+
+fn and_then(next: Act) {
+    with(|stage| {
+        stage.next = next;
+        stage.heal_until = world::now() + HEAL_LIMIT;
+    });
+    again(LOOK, look);
+}
+
+/// Some worker that is in the cluster, and its node.
+fn some_worker(sim: &mut Sim) -> Option<(HostId, String)> {
+    let managers = managers();
+    let all = with(|stage| stage.machines.len());
+    let workers: Vec<HostId> = (0..all).filter(|host| !managers.contains(host)).collect();
+    let host = *sim.dice.pick(&workers)?;
+    let node = machine::node(host)?;
+    let id = node.look(|member| member.identity.node_id().to_string())?;
+    Some((host, id))
+}
+
+fn jump(sim: &mut Sim, host: HostId) {
+    let ahead = sim.dice.between(0, 7200 * SECOND) as i64 - 3600 * SECOND as i64;
+    tracing::info!(host, ahead = ahead / SECOND as i64, "a clock jumps");
+    sim.set_skew(host, ahead);
+}
+
+/// Clocks jump, which is to be no reason for anything, and a worker loses its power.
+fn silence(sim: &mut Sim) {
+    check::calm();
+    let managers = managers();
+    for _ in 0..4 {
+        let leader = check::leader().filter(|_| sim.dice.once_in(2));
+        let host = leader.or_else(|| sim.dice.pick(&managers).copied());
+        if let Some(host) = host {
+            again(sim.dice.below(8 * SECOND), move |sim| jump(sim, host));
+        }
+    }
+    let Some((host, id)) = some_worker(sim) else {
+        return and_then(Act::End);
+    };
+    again(2 * SECOND, move |sim| {
+        tracing::info!(host, "the power goes, and nothing else is wrong");
+        check::may_be_down(&id);
+        sim.crash(host, true);
+        machine_of(host).lose_power(&mut sim.dice);
+        if let Some(leader) = check::leader() {
+            jump(sim, leader);
+        }
+        again(DOWN_WITHIN, move |sim| {
+            let node = check::newest().and_then(|state| state.node(&id).cloned());
+            let status = node.and_then(|node| Some(node.status.as_ref()?.state()));
+            if status != Some(NodeState::Down) {
+                let seconds = DOWN_WITHIN / SECOND;
+                sim.fail(format!(
+                    "{seconds} s after h{host} has lost its power its node {id} is {status:?}"
+                ));
+            }
+            start(sim, host);
+            and_then(Act::Dismissal);
+        });
+    });
+}
+
+/// A worker that lives is removed: nobody serves it any more. It comes again as another node.
+fn dismissal(sim: &mut Sim) {
+    let Some((host, id)) = some_worker(sim) else {
+        return and_then(Act::End);
+    };
+    check::may_be_down(&id);
+    with(|stage| stage.dismissed = Some(id.clone()));
+    await_dismissal(host, id, world::now() + HEAL_LIMIT);
+}
+
+fn await_dismissal(host: HostId, id: String, until: u64) {
+    again(LOOK, move |sim| {
+        if !check::removed(&id) {
+            if world::now() > until {
+                sim.fail(format!("node {id} was not removed"));
+            }
+            return await_dismissal(host, id, until);
+        }
+        again(REMOVED_AFTER, move |sim| {
+            let session = machine::node(host).and_then(|node| {
+                node.look(|member| {
+                    let is_it = member.identity.node_id().to_string() == id;
+                    let session = member.agent.session().borrow().manager.clone();
+                    session.filter(|_| is_it)
+                })
+            });
+            if let Some(Some(manager)) = session {
+                sim.fail(format!(
+                    "node {id} was removed, and h{host} still has a session with {manager}"
+                ));
+            }
+            and_then(Act::End);
+        });
+    });
 }
 
 /// Why the cluster is not well.

@@ -197,6 +197,7 @@ impl Client {
                 .await;
             if let Outcome::Done(list) = outcome {
                 let busy = self.tidy(&list.nodes).await;
+                self.dismiss(&list.nodes).await;
                 if healing {
                     let open = self.activate(&list.nodes).await;
                     let done = !open && !busy;
@@ -238,6 +239,25 @@ impl Client {
             }
         }
         !stale.is_empty()
+    }
+
+    /// Removes a worker that lives, if one is to be.
+    async fn dismiss(&mut self, nodes: &[Node]) {
+        let Some(id) = crate::plan::dismissed() else {
+            return;
+        };
+        let worker = nodes.iter().find(|node| {
+            let spec = node.spec.as_ref();
+            node.id == id && spec.is_some_and(|spec| spec.desired_role() == NodeRole::Worker)
+        });
+        if worker.is_some() {
+            let request = RemoveNodeRequest {
+                r#ref: id,
+                force: true,
+            };
+            self.write(|mut client| async move { client.remove_node(request).await })
+                .await;
+        }
     }
 
     async fn update_node(&mut self, node: &Node, spec: NodeSpec) {
