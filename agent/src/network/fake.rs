@@ -56,6 +56,11 @@ impl FakeDataplane {
         self.state.borrow().clone()
     }
 
+    /// Looks at it, where a copy would cost.
+    pub fn look<T>(&self, look: impl FnOnce(&FakeDataplaneState) -> T) -> T {
+        look(&self.state.borrow())
+    }
+
     /// Changes what it remembers or how it behaves.
     pub fn change(&self, change: impl FnOnce(&mut FakeDataplaneState)) {
         self.state.send_modify(change);
@@ -95,7 +100,7 @@ impl Dataplane for FakeDataplane {
     async fn set_network(&self, view: NetworkView) -> Result<(), NetworkError> {
         let id = NetworkId::from(&view.network.id);
         self.begin(format!("set {id}")).await;
-        if self.state().broken_networks.contains(&id) {
+        if self.look(|state| state.broken_networks.contains(&id)) {
             return Err(NetworkError::Kernel {
                 step: format!("program network {id}"),
                 reason: "broken by the test".to_owned(),
@@ -119,18 +124,20 @@ impl Dataplane for FakeDataplane {
 
     async fn ensure_sandbox(&self, spec: &SandboxSpec) -> Result<Sandbox, NetworkError> {
         self.begin(format!("ensure {}", spec.task_id)).await;
-        let state = self.state();
-        if let Some(port) = state.port_taken {
-            return Err(NetworkError::PortTaken { port });
-        }
-        for attachment in &spec.attachments {
-            if !state.networks.contains_key(&attachment.network_id) {
-                return Err(NetworkError::Invalid(format!(
-                    "network {} was never set",
-                    attachment.network_id
-                )));
+        self.look(|state| {
+            if let Some(port) = state.port_taken {
+                return Err(NetworkError::PortTaken { port });
             }
-        }
+            for attachment in &spec.attachments {
+                if !state.networks.contains_key(&attachment.network_id) {
+                    return Err(NetworkError::Invalid(format!(
+                        "network {} was never set",
+                        attachment.network_id
+                    )));
+                }
+            }
+            Ok(())
+        })?;
         self.change(|state| {
             for other in state.sandboxes.values() {
                 for attachment in &spec.attachments {
@@ -168,14 +175,15 @@ impl Dataplane for FakeDataplane {
     }
 
     async fn held_networks(&self) -> BTreeMap<NetworkId, Network> {
-        let state = self.state();
-        let mut held = BTreeMap::new();
-        for attachment in state.sandboxes.values().flat_map(|spec| &spec.attachments) {
-            if let Some(view) = state.networks.get(&attachment.network_id) {
-                held.insert(attachment.network_id.clone(), view.network.clone());
+        self.look(|state| {
+            let mut held = BTreeMap::new();
+            for attachment in state.sandboxes.values().flat_map(|spec| &spec.attachments) {
+                if let Some(view) = state.networks.get(&attachment.network_id) {
+                    held.insert(attachment.network_id.clone(), view.network.clone());
+                }
             }
-        }
-        held
+            held
+        })
     }
 
     fn gateway_subnet(&self) -> Option<String> {

@@ -130,6 +130,11 @@ impl FakeRuntime {
         self.state.borrow().clone()
     }
 
+    /// Looks at it, where a copy would cost.
+    pub fn look<T>(&self, look: impl FnOnce(&FakeRuntimeState) -> T) -> T {
+        look(&self.state.borrow())
+    }
+
     /// Changes what it remembers or how it behaves.
     pub fn change(&self, change: impl FnOnce(&mut FakeRuntimeState)) {
         self.state.send_modify(change);
@@ -199,12 +204,11 @@ impl Runtime for FakeRuntime {
         _auth: Option<&RegistryAuth>,
     ) -> Result<String, RuntimeError> {
         self.begin(format!("pull {image}")).await;
-        let state = self.state();
         let image = image.to_owned();
-        if state.missing_images.contains(&image) {
+        if self.look(|state| state.missing_images.contains(&image)) {
             return Err(RuntimeError::NoSuchImage { image });
         }
-        if let Some(reason) = state.pull_error {
+        if let Some(reason) = self.look(|state| state.pull_error.clone()) {
             return Err(RuntimeError::Pull { image, reason });
         }
         self.change(|state| {
@@ -215,12 +219,12 @@ impl Runtime for FakeRuntime {
     }
 
     async fn image_health(&self, _image: &str) -> Result<Option<HealthConfig>, RuntimeError> {
-        Ok(self.state().health)
+        Ok(self.look(|state| state.health.clone()))
     }
 
     async fn create(&self, config: &ContainerConfig) -> Result<(), RuntimeError> {
         self.begin(format!("create {}", config.task_id)).await;
-        if !self.state().images.contains(&config.spec.image) {
+        if !self.look(|state| state.images.contains(&config.spec.image)) {
             return Err(RuntimeError::NoSuchImage {
                 image: config.spec.image.clone(),
             });
@@ -272,7 +276,7 @@ impl Runtime for FakeRuntime {
 
     async fn stop(&self, task: &TaskId, _grace: Duration) -> Result<Exit, RuntimeError> {
         self.begin(format!("stop {task}")).await;
-        if self.state().stubborn {
+        if self.look(|state| state.stubborn) {
             std::future::pending::<()>().await;
         }
         self.change(|state| {
@@ -297,13 +301,15 @@ impl Runtime for FakeRuntime {
 
     async fn list(&self) -> Result<Vec<Container>, RuntimeError> {
         self.begin("list".to_owned()).await;
-        let containers = self.state().containers.into_iter();
-        Ok(containers
-            .map(|(task_id, container)| Container {
-                task_id,
-                state: container.state,
-            })
-            .collect())
+        Ok(self.look(|state| {
+            let containers = state.containers.iter();
+            containers
+                .map(|(task_id, container)| Container {
+                    task_id: task_id.clone(),
+                    state: container.state.clone(),
+                })
+                .collect()
+        }))
     }
 
     async fn exec(&self, task: &TaskId, config: ExecConfig) -> Result<ExecSession, RuntimeError> {
@@ -311,7 +317,7 @@ impl Runtime for FakeRuntime {
             .await;
         let (input, mut commands) = mpsc::channel(4);
         let (answers, output) = mpsc::channel(4);
-        let code = self.state().exec_exit;
+        let code = self.look(|state| state.exec_exit);
         let echo = Bytes::from(config.command.join(" "));
         // Ends by itself: at the latest when both ends are dropped.
         tokio::spawn(async move {
@@ -323,7 +329,7 @@ impl Runtime for FakeRuntime {
     }
 
     async fn logs(&self, task: &TaskId, _options: LogOptions) -> Result<LogStream, RuntimeError> {
-        if !self.state().containers.contains_key(task) {
+        if !self.look(|state| state.containers.contains_key(task)) {
             return Err(RuntimeError::NotFound(task.clone()));
         }
         let line = LogLine {

@@ -242,6 +242,8 @@ impl Machine {
     async fn operate(&self, node: &Node, begin: Begin) {
         loop {
             self.be_member(node, begin).await;
+            // Nobody reads it, and it would grow for ever.
+            self.dataplane.change(|state| state.calls.clear());
             tokio::time::sleep(LOOK).await;
         }
     }

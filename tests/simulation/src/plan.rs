@@ -340,7 +340,9 @@ pub fn voted(sim: &mut Sim, host: HostId) {
 /// Some container of the host ends by itself.
 fn end_container(sim: &mut Sim, host: HostId) {
     let machine = machine_of(host);
-    let tasks: Vec<_> = machine.runtime.state().containers.into_keys().collect();
+    let tasks: Vec<_> = machine
+        .runtime
+        .look(|state| state.containers.keys().cloned().collect());
     let code = sim.dice.below(2) as i32;
     if let Some(task) = sim.dice.pick(&tasks).cloned() {
         let runtime = Arc::clone(&machine.runtime);
