@@ -44,7 +44,7 @@ struct Park {
 }
 
 /// A host that looks for events this often within one step at one time never waits.
-const TURNS_MAX: u64 = 2_000_000;
+const TURNS_MAX: u64 = 100_000;
 
 /// From now on the simulation answers, on this thread.
 pub fn activate() {
