@@ -18,6 +18,8 @@ fn an_update_replaces_every_task_and_keeps_the_slots() -> Result<()> {
             "3",
             "--env",
             "COLOR=red",
+            "--stop-grace-period",
+            "1s",
             &busybox(),
             "sleep",
             "1000000",
