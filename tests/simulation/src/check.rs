@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use prost::Message as _;
 use swarm_identity::KeyMaterial;
-use swarm_proto::TaskId;
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::object::Object as Kind;
 use swarm_proto::v1::{
     JoinTokens, NodeRole, NodeState, Object, Task, TaskState, UpdateOrder, WatchAction,
 };
+use swarm_proto::{NodeId, TaskId};
 use swarm_raft::{Progress, RaftNode};
 use swarm_store::{Change, Consensus as _, Event, Leadership, State, Store, Watch, WatchError};
 use tokio::sync::watch;
@@ -53,7 +53,7 @@ pub struct Checker {
     replicas: BTreeMap<HostId, Replica>,
     canon: BTreeMap<u64, Entry>,
     leaders: BTreeMap<u64, HostId>,
-    materials: BTreeMap<HostId, KeyMaterial>,
+    materials: BTreeMap<HostId, (NodeId, KeyMaterial)>,
     tokens: Option<JoinTokens>,
     started: BTreeMap<TaskId, HostId>,
     /// Services that had an update that starts first.
@@ -179,7 +179,7 @@ pub fn material() -> Option<KeyMaterial> {
     with(|checker| {
         let known = checker.materials.iter();
         let mut known = known.filter(|(host, _)| managers.contains(host));
-        known.next().map(|(_, material)| material.clone())
+        known.next().map(|(_, (_, material))| material.clone())
     })
 }
 
@@ -223,8 +223,13 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
     let found = machine::node(host).and_then(|node| {
         node.look(|member| {
             let raft = member.with_manager(|manager| Arc::clone(manager.raft()));
-            let known = with(|checker| checker.materials.contains_key(&host));
-            let material = (!known).then(|| member.identity.material());
+            // A host that has joined anew is another node.
+            let node_id = member.identity.node_id();
+            let is_known = |checker: &mut Checker| {
+                let known = checker.materials.get(&host);
+                known.is_some_and(|(id, _)| *id == node_id)
+            };
+            let material = (!with(is_known)).then(|| (node_id, member.identity.material()));
             (raft, material, member.identity.role())
         })
     });
