@@ -26,6 +26,11 @@ use crate::types::{Entry, LogId, Vote, decode, encode};
 const RECORD_MAX: usize = 6 * 1024;
 /// What fits into a record: its seal and its head take the rest.
 const PAYLOAD_MAX: usize = RECORD_MAX - OVERHEAD - Head::BYTES;
+/// What stands before each entry of a record that holds whole ones.
+const LENGTH: usize = size_of::<u32>();
+/// The longest entry that fits whole into a record. A longer one is cut into pieces of this
+/// length, so that there are always two or more of them: one alone would be read as whole entries.
+pub(crate) const PIECE_MAX: usize = PAYLOAD_MAX - LENGTH;
 /// sled's page cache; its default is a gibibyte.
 const CACHE_BYTES: u64 = 64 << 20;
 
@@ -362,13 +367,13 @@ impl Disk {
             let id = entry.log_id();
             let bytes =
                 encode(entry).map_err(|e| DiskError::io("encode an entry", &self.path, e))?;
-            let size = 4 + bytes.len();
+            let size = LENGTH + bytes.len();
             if let Some((first, head, payload)) =
                 record.take_if(|(.., payload)| payload.len() + size > PAYLOAD_MAX)
             {
                 self.put_record(first, head, &payload)?;
             }
-            if size > PAYLOAD_MAX {
+            if bytes.len() > PIECE_MAX {
                 self.put_parts(id.index, head(after, entry), &bytes)?;
             } else {
                 let (.., payload) =
@@ -392,7 +397,7 @@ impl Disk {
     }
 
     fn put_parts(&self, index: u64, head: Head, bytes: &[u8]) -> Result<(), DiskError> {
-        let pieces = bytes.chunks(PAYLOAD_MAX);
+        let pieces = bytes.chunks(PIECE_MAX);
         let parts = u16::try_from(pieces.len()).map_err(|_| {
             DiskError::io("split an entry", &self.path, io::ErrorKind::FileTooLarge)
         })?;
@@ -726,7 +731,7 @@ pub(crate) fn parse_entries(first: u64, payload: &[u8]) -> Result<Vec<Entry>, St
     let mut entries = Vec::new();
     let mut next = first;
     while !rest.is_empty() {
-        let (length, tail) = rest.split_first_chunk::<4>().ok_or("cut short")?;
+        let (length, tail) = rest.split_first_chunk::<LENGTH>().ok_or("cut short")?;
         let (bytes, tail) = tail
             .split_at_checked(u32::from_le_bytes(*length) as usize)
             .ok_or("cut short")?;

@@ -387,6 +387,34 @@ async fn after_a_failed_write_nothing_is_acknowledged_and_the_owner_knows() {
     assert!(failure.reason.contains("log.mark"), "{failure}");
 }
 
+#[tokio::test]
+async fn entries_of_every_length_around_the_longest_of_one_record_are_read_again() {
+    let memory: Arc<dyn swarm_disk::Disk> = Arc::new(MemoryDisk::default());
+    let (dir, key) = (Path::new("/raft"), DataKey::random());
+    let opened = open_on(memory.clone(), Threads::Callers, dir, &key).await;
+    let (mut log, writer) = opened.unwrap();
+    let limit = crate::disk::PIECE_MAX;
+    let sizes = (limit - 100..limit + 10).chain(2 * limit - 100..2 * limit + 10);
+    let entries: Vec<Entry> = (0..)
+        .zip(sizes)
+        .map(|(index, size)| entry(1, index, size))
+        .collect();
+    let lengths = entries
+        .iter()
+        .map(|entry| crate::types::encode(entry).unwrap().len());
+    let near = lengths.filter(|length| length.abs_diff(limit) <= 4);
+    assert_eq!(near.count(), 9);
+    for entry in entries.clone() {
+        append(&mut log, vec![entry]).await;
+    }
+    close(log, writer).await;
+
+    let opened = open_on(memory, Threads::Callers, dir, &key).await;
+    let (mut log, writer) = opened.unwrap();
+    assert_eq!(log.try_get_log_entries(..).await.unwrap(), entries);
+    close(log, writer).await;
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Append { count: u64, size: usize },
