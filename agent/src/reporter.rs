@@ -13,11 +13,15 @@ use std::collections::BTreeMap;
 use parking_lot::Mutex;
 use prost::Message as _;
 use swarm_proto::TaskId;
+use swarm_proto::defaults::REPORTS_AHEAD;
 use swarm_proto::v1::{StatusReport, TaskState, TaskStatus, TaskStatusUpdate};
 use tokio::sync::Notify;
 
 /// Encoded bytes of updates in one report; far below the message limit.
 const REPORT_MAX: usize = 256 << 10;
+
+/// Reports that may be unacknowledged in one session.
+const AHEAD: u64 = REPORTS_AHEAD as u64;
 
 /// Statuses that one start of the agent can report, in their order: more than it ever will.
 const PER_START: u64 = 1 << 40;
@@ -67,6 +71,11 @@ impl Reporter {
     /// The next report of this session, if anything waits.
     pub fn next_report(&self) -> Option<StatusReport> {
         self.queue.lock().next_report()
+    }
+
+    /// Whether something waits to be sent in this session.
+    pub fn has_unsent(&self) -> bool {
+        !self.queue.lock().unsent.is_empty()
     }
 
     /// A manager has committed everything up to this sequence of this session.
@@ -144,11 +153,12 @@ impl Queue {
     }
 
     fn next_report(&mut self) -> Option<StatusReport> {
-        let on_its_way = self.acked_sequence < self.last_sequence;
+        let on_their_way = self.last_sequence - self.acked_sequence;
         let mut unsent = self.unsent.values().filter_map(|id| self.entries.get(id));
-        let may_go = match on_its_way {
-            true => unsent.any(|entry| urgent(&entry.status)),
-            false => unsent.next().is_some(),
+        let may_go = match on_their_way {
+            0 => unsent.next().is_some(),
+            1..AHEAD => unsent.any(|entry| urgent(&entry.status)),
+            _ => false,
         };
         if !may_go {
             return None;
@@ -178,6 +188,8 @@ impl Queue {
     }
 
     fn acknowledged(&mut self, sequence: u64) {
+        // A manager that acknowledges what was not sent makes no room.
+        let sequence = sequence.min(self.last_sequence);
         self.acked_sequence = self.acked_sequence.max(sequence);
         self.entries
             .retain(|_, entry| entry.sent_in.is_none_or(|sent| sent > sequence));
@@ -238,6 +250,25 @@ mod tests {
                 assert_eq!(reporter.next_report().unwrap().updates, report.updates);
             }
         }
+    }
+
+    #[test]
+    fn only_so_many_reports_are_on_their_way_and_the_rest_goes_together() {
+        let mut queue = Queue::default();
+        let running = || status(TaskState::Running);
+        let mut sent = 0;
+        for number in 0..20 {
+            queue.push(&TaskId::from(format!("t{number}")), running());
+            sent += u64::from(queue.next_report().is_some());
+        }
+        assert_eq!(sent, AHEAD);
+        // Never sent: it makes no room.
+        queue.acknowledged(u64::MAX - 1);
+        assert_eq!(queue.acked_sequence, AHEAD);
+        queue.restart();
+        queue.acknowledged(7);
+        let all = queue.next_report().unwrap();
+        assert_eq!(all.updates.len(), 20 - AHEAD as usize);
     }
 
     #[test]

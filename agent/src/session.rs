@@ -436,13 +436,21 @@ impl Live {
 
     async fn leave(&mut self, at: &SessionLoop) {
         let farewell = async {
-            while let Some(report) = at.reporter.next_report() {
-                if self
-                    .outbox
-                    .send(message(ToManager::Status(report)))
-                    .await
-                    .is_err()
-                {
+            while at.reporter.has_unsent() {
+                let Some(report) = at.reporter.next_report() else {
+                    // Once earlier ones are acknowledged.
+                    match self.inbox.next().await {
+                        Some(Ok(said)) => {
+                            if let Some(FromManager::StatusAck(ack)) = said.message {
+                                at.reporter.acknowledged(ack.sequence);
+                            }
+                        }
+                        _ => return,
+                    }
+                    continue;
+                };
+                let report = message(ToManager::Status(report));
+                if self.outbox.send(report).await.is_err() {
                     return;
                 }
             }

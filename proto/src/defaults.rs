@@ -11,6 +11,9 @@ pub const DATA_PATH_PORT: u16 = 4789;
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Heartbeats that may be missed before a node is Down.
 pub const HEARTBEATS_MISSED: u32 = 3;
+/// Reports of an agent that may be on their way: what happens meanwhile goes together into the next
+/// one. A manager reads no more of an agent that has more of them waiting.
+pub const REPORTS_AHEAD: usize = 4;
 /// An agent without a session tries managers at least this often. A leader that comes after a time
 /// without one waits for that before it takes silence for death.
 pub const SESSION_BACKOFF_MAX: Duration = Duration::from_secs(8);

@@ -21,7 +21,7 @@ use super::hub::Update;
 use crate::clock::{Clock, timestamp};
 
 /// Reports that wait for the next transaction; then sessions are read more slowly.
-const QUEUE: usize = 1024;
+const QUEUE: usize = if cfg!(test) { 8 } else { 1024 };
 /// Actions in one transaction.
 const ACTIONS: usize = 2000;
 /// Wait before a transaction that failed is tried again, unless there is a new leader.

@@ -6,15 +6,18 @@
 //! when a newer session of the node begins, or when the node is removed. What an
 //! agent sends is bounded and checked: it speaks for its own node's tasks only.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use futures::{Stream, TryStreamExt as _};
 use prost::Message as _;
 use swarm_identity::Caller;
+use swarm_proto::defaults::REPORTS_AHEAD;
 use swarm_proto::task_state::{OWNERS, Owner};
 use swarm_proto::v1::{
     AgentMessage, AssignmentsType, ManagerMessage, NodeDescription, NodeObservation, NodeStatus,
@@ -65,6 +68,9 @@ impl std::fmt::Debug for Sessions {
 /// Boxed, as is what else waits or is seldom done: there is a session for each node, and a channel has
 /// memory for 32 messages at once.
 type Outbound = mpsc::Sender<Result<Box<ManagerMessage>, Status>>;
+
+/// What is being taken in.
+type Taking<'a> = BoxFuture<'a, Result<(), Status>>;
 
 #[tonic::async_trait]
 impl dispatcher_server::Dispatcher for Sessions {
@@ -241,26 +247,44 @@ impl Session {
 
     // --- Reader ------------------------------------------------------------------
 
+    /// Hears the agent also while what it has said before waits for the raft group: a busy
+    /// manager is no reason to take a node for dead.
     async fn read(
         &self,
         inbound: &mut Streaming<AgentMessage>,
         queue: &mpsc::Sender<Update>,
     ) -> Status {
         let mut revision = 0;
+        let mut waiting: VecDeque<agent_message::Message> = VecDeque::new();
+        let mut taking: Option<Taking<'_>> = None;
         loop {
+            if taking.is_none()
+                && let Some(message) = waiting.pop_front()
+            {
+                taking = Some(Box::pin(self.take(message, queue)));
+            }
             let patience = grace(heartbeat_period(&self.store_state()));
+            // One that sends more than it may waits.
+            let room = waiting.len() < REPORTS_AHEAD;
             // What has arrived is read before time is looked at.
             let message = tokio::select! {
                 biased;
-                message = inbound.message() => message,
-                () = tokio::time::sleep(patience) => return silent(patience),
+                taken = done(&mut taking) => {
+                    taking = None;
+                    match taken {
+                        Ok(()) => continue,
+                        Err(refused) => return refused,
+                    }
+                }
+                message = inbound.message(), if room => message,
+                () = tokio::time::sleep(patience), if room => return silent(patience),
             };
             let message = match message {
-                Ok(Some(message)) => message,
+                Ok(Some(message)) => message.message,
                 Ok(None) => return Status::cancelled("the agent has ended the session"),
                 Err(status) => return status,
             };
-            match message.message {
+            match message {
                 Some(agent_message::Message::Ack(ack)) => {
                     let awaited = self.awaited.load(Ordering::Relaxed);
                     let before = std::mem::replace(&mut revision, ack.revision);
@@ -270,27 +294,48 @@ impl Session {
                     }
                 }
                 Some(agent_message::Message::Goodbye(_)) => {
+                    // What it has said before is taken in first.
+                    let rest = async {
+                        if let Some(taking) = taking {
+                            taking.await?;
+                        }
+                        for message in waiting {
+                            self.take(message, queue).await?;
+                        }
+                        Ok(())
+                    };
+                    if let Err(refused) = rest.await {
+                        return refused;
+                    }
                     self.sessions.liveness.left(&self.node_id);
                     return Status::ok("the node leaves");
-                }
-                Some(agent_message::Message::Status(report)) => {
-                    if let Err(refused) = Box::pin(self.take_in(report, queue)).await {
-                        return refused;
-                    }
-                }
-                Some(agent_message::Message::Description(described)) => {
-                    let state = self.store_state();
-                    if let Err(refused) = Box::pin(self.describe(&state, described)).await {
-                        return refused;
-                    }
                 }
                 Some(agent_message::Message::Register(_)) => {
                     return Status::invalid_argument("a session registers once");
                 }
+                Some(
+                    said @ (agent_message::Message::Status(_)
+                    | agent_message::Message::Description(_)),
+                ) => waiting.push_back(said),
                 // Of a kind that comes later: it says at least that the agent is alive.
                 Some(agent_message::Message::Heartbeat(_)) | None => {}
             }
             self.sessions.liveness.heard(&self.node_id, revision);
+        }
+    }
+
+    /// Has what the agent says of its node and its tasks written.
+    async fn take(
+        &self,
+        message: agent_message::Message,
+        queue: &mpsc::Sender<Update>,
+    ) -> Result<(), Status> {
+        match message {
+            agent_message::Message::Status(report) => self.take_in(report, queue).await,
+            agent_message::Message::Description(described) => {
+                self.describe(&self.store_state(), described).await
+            }
+            _ => Ok(()),
         }
     }
 
@@ -408,6 +453,13 @@ impl Session {
         });
         let sent = self.outbound.send(Ok(message)).await;
         sent.map_err(|_| Status::cancelled("the agent has closed the connection"))
+    }
+}
+
+async fn done(taking: &mut Option<Taking<'_>>) -> Result<(), Status> {
+    match taking {
+        Some(taking) => taking.await,
+        None => std::future::pending().await,
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use swarm_identity::{Caller, PeerIdentity};
+use swarm_proto::defaults::REPORTS_AHEAD;
 use swarm_proto::v1::dispatcher_client::DispatcherClient;
 use swarm_proto::v1::liveness_server::Liveness as _;
 use swarm_proto::v1::{
@@ -154,6 +155,37 @@ impl Served {
         tokio::time::timeout(PATIENCE, waiting)
             .await
             .expect("in time")
+    }
+
+    /// Has the manager be a member of the raft group.
+    fn admit_itself(&self) {
+        let allocation = store_action::Action::AllocateRaftId(AllocateRaftId {
+            node_id: "m1".into(),
+            addr: self.addr.to_string(),
+        });
+        self.consensus
+            .write([StoreAction {
+                action: Some(allocation),
+            }])
+            .expect("valid");
+    }
+
+    /// Another manager, which has a replica of its own and knows that this one leads.
+    async fn follower(&self) -> Self {
+        let state = State::clone(&self.consensus.store().state());
+        let replica = LocalConsensus::with_state(state);
+        replica.set_leadership(Leadership {
+            term: 1,
+            is_leader: false,
+            leader: Some(Member {
+                raft_id: 1,
+                node_id: "m1".into(),
+                addr: self.addr.to_string(),
+                voter: true,
+                reachable: true,
+            }),
+        });
+        Self::with(replica).await
     }
 
     async fn stop(self) {
@@ -599,35 +631,66 @@ async fn a_follower_reports_its_agents_to_the_leader() {
     request.extensions_mut().insert(Caller::Peer(caller));
     let refused = leader.dispatcher.liveness().report(request).await;
     assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
-    let allocation = store_action::Action::AllocateRaftId(AllocateRaftId {
-        node_id: "m1".into(),
-        addr: leader.addr.to_string(),
-    });
-    leader
-        .consensus
-        .write([StoreAction {
-            action: Some(allocation),
-        }])
-        .expect("valid");
-    // A replica of its own that knows who leads.
-    let state = State::clone(&leader.consensus.store().state());
-    let replica = LocalConsensus::with_state(state);
-    replica.set_leadership(Leadership {
-        term: 1,
-        is_leader: false,
-        leader: Some(Member {
-            raft_id: 1,
-            node_id: "m1".into(),
-            addr: leader.addr.to_string(),
-            voter: true,
-            reachable: true,
-        }),
-    });
-    let follower = Served::with(replica).await;
+    leader.admit_itself();
+    let follower = leader.follower().await;
     let _w1 = follower.agent("w1").await;
     leader
         .until(|state| is(state, "w1", NodeState::Ready, ""))
         .await;
+    follower.stop().await;
+    leader.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_is_heard_while_what_it_has_reported_waits() {
+    let nodes = ["m1", "w1", "w2", "w3", "w4", "w5", "silent"];
+    let leader = Served::start(Duration::from_millis(200), &nodes).await;
+    leader.admit_itself();
+    let tasks = nodes[1..6]
+        .iter()
+        .map(|node| create(assigned(&format!("t-{node}"), "s", &[], node)));
+    let made = std::iter::once(create(service("s", "web", &[]))).chain(tasks);
+    leader.consensus.write(made).expect("valid");
+    let follower = leader.follower().await;
+    let mut agents = Vec::new();
+    for node in &nodes[1..6] {
+        agents.push(follower.agent(node).await);
+    }
+    // More reports than the intake has room for.
+    follower.consensus.hold(true);
+    for (agent, node) in agents.iter().zip(&nodes[1..6]) {
+        for sequence in 1..=REPORTS_AHEAD as u64 {
+            let task = format!("t-{node}");
+            agent.report(sequence, &task, TaskState::Running).await;
+        }
+    }
+    let say = agents.iter().map(|agent| agent.send.clone());
+    let beating: Vec<_> = say
+        .map(|say| {
+            tokio::spawn(async move {
+                let mut beat = tokio::time::interval(Duration::from_millis(50));
+                let heartbeat = || AgentMessage {
+                    message: Some(agent_message::Message::Heartbeat(Heartbeat {})),
+                };
+                while say.send(heartbeat()).await.is_ok() {
+                    beat.tick().await;
+                }
+            })
+        })
+        .collect();
+    // Heard later than any of the reports, and never again.
+    drop(leader.agent("silent").await);
+    let state = leader
+        .until(|state| is(state, "silent", NodeState::Down, "heartbeat failure"))
+        .await;
+    for node in &nodes[1..6] {
+        assert!(is(&state, node, NodeState::Ready, ""), "{node}");
+    }
+    follower.consensus.hold(false);
+    for agent in &mut agents {
+        while agent.acknowledged().await < REPORTS_AHEAD as u64 {}
+    }
+    beating.iter().for_each(tokio::task::JoinHandle::abort);
     follower.stop().await;
     leader.stop().await;
 }

@@ -27,6 +27,7 @@ pub struct LocalConsensus {
     log: Mutex<()>,
     leadership: watch::Sender<Leadership>,
     members: Mutex<Vec<Member>>,
+    held: watch::Sender<bool>,
 }
 
 impl LocalConsensus {
@@ -55,12 +56,18 @@ impl LocalConsensus {
                 leader: Some(member.clone()),
             }),
             members: Mutex::new(vec![member]),
+            held: watch::Sender::new(false),
         })
     }
 
     /// Says who leads. While `leader` is `None`, writes and reads fail with `NoLeader`.
     pub fn set_leadership(&self, leadership: Leadership) {
         self.leadership.send_replace(leadership);
+    }
+
+    /// Has writes wait, as in a group that is slow, or go on.
+    pub fn hold(&self, hold: bool) {
+        self.held.send_replace(hold);
     }
 
     /// Says who the members are.
@@ -98,6 +105,8 @@ impl Consensus for LocalConsensus {
     }
 
     async fn propose(&self, transaction: Transaction) -> Result<u64, ProposeError> {
+        // Closed only when this is gone.
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
         if !self.has_leader() {
             return Err(ProposeError::NoLeader("none is set".into()));
         }
