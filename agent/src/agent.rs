@@ -102,6 +102,7 @@ pub struct Agent {
     board: Arc<Board>,
     broken: watch::Receiver<Option<LocalError>>,
     session: watch::Receiver<SessionState>,
+    programmed: watch::Receiver<Programmed>,
     requests: mpsc::Sender<Request>,
     /// Ends the session first, so that nobody is told of a half-stopped node.
     session_cancel: CancellationToken,
@@ -204,7 +205,7 @@ impl Agent {
             remotes: config.remotes,
             description: config.description,
             reporter,
-            programmed: programmed_watch,
+            programmed: programmed_watch.clone(),
             worker: requests.clone(),
             state,
             cancel: session_cancel.clone(),
@@ -220,6 +221,7 @@ impl Agent {
             board,
             broken,
             session,
+            programmed: programmed_watch,
             requests,
             session_cancel,
             session_leave,
@@ -245,6 +247,13 @@ impl Agent {
     #[must_use]
     pub fn broken(&self) -> watch::Receiver<Option<LocalError>> {
         self.broken.clone()
+    }
+
+    /// The newest revision of the node's assignments of which the kernel has everything; 0 before
+    /// the first.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.programmed.borrow().revision
     }
 
     /// All tasks of this node.

@@ -134,7 +134,7 @@ museum! {
     StaleAssignments, "stale-assignments",
         "an agent takes assignments that are older than what it holds, or do not follow it",
         "kubernetes/kubernetes#59848",
-        "an agent holds what the state says; endpoint tables converge";
+        "an agent never gives assignments back for older ones";
     StartForgotten, "start-forgotten",
         "an agent does not keep that it has started a task",
         "moby/swarmkit#2582",
@@ -142,7 +142,7 @@ museum! {
     AgentNotSynced, "agent-not-synced",
         "an agent goes on before what it holds is synced",
         "etcd-io/etcd#14370, at the agent",
-        "a task is started once";
+        "an agent never gives assignments back for older ones; a task is started once";
     NetworkKept, "network-kept",
         "an agent keeps a network after its last task",
         "moby/moby#39225",

@@ -142,7 +142,10 @@ impl<'a> Pass<'a> {
         let mut stopped_now = Vec::new();
         for &task in tasks.iter().filter(|task| is_wanted(task)) {
             #[cfg(feature = "museum")]
-            if swarm_proto::museum::on(swarm_proto::museum::Bug::SlotTwice) && !is_live(task) {
+            if swarm_proto::museum::on(swarm_proto::museum::Bug::SlotTwice)
+                && is_live(task)
+                && enforcer::must_leave(self.state, task, &self.constraints)
+            {
                 continue;
             }
             if !is_live(task) || enforcer::must_leave(self.state, task, &self.constraints) {

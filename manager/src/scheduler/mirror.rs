@@ -217,7 +217,10 @@ impl Scheduler {
     fn task_changed(&mut self, old: Option<&Arc<Task>>, new: Option<&Arc<Task>>) {
         let Some(task) = new.or(old) else { return };
         // Most changes are progress of a task that holds what it held: also the echo of our own decisions.
-        if new.is_some_and(|new| self.holds_the_same(new)) {
+        let echo = new.is_some_and(|new| self.holds_the_same(new));
+        #[cfg(feature = "museum")]
+        let echo = echo && !new.is_some_and(|new| is_pending(new));
+        if echo {
             return;
         }
         match self.tasks.remove(task.id.as_str()) {
@@ -228,6 +231,10 @@ impl Scheduler {
         let Some(task) = new else { return };
         if is_pending(task) {
             self.wait(task.clone());
+        }
+        #[cfg(feature = "museum")]
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::PlacedTwice) && is_pending(task) {
+            return;
         }
         if task.node_id.is_empty() {
             return;

@@ -62,6 +62,8 @@ pub struct Checker {
     votes: BTreeMap<u64, u64>,
     /// By raft ID: what was committed when it became a learner.
     learners: BTreeMap<u64, u64>,
+    /// The newest revision of its assignments that each node had.
+    revisions: BTreeMap<NodeId, u64>,
     /// Nodes that were taken out of the cluster.
     removed: BTreeSet<String>,
     /// No node may be taken for dead now, but these.
@@ -229,20 +231,25 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
                 let known = checker.materials.get(&host);
                 known.is_some_and(|(id, _)| *id == node_id)
             };
-            let material = (!with(is_known)).then(|| (node_id, member.identity.material()));
-            (raft, material, member.identity.role())
+            let known = with(is_known);
+            let held = (node_id.clone(), member.agent.revision());
+            let material = (!known).then(|| (node_id, member.identity.material()));
+            (raft, material, member.identity.role(), held)
         })
     });
     let raft = found.as_ref().and_then(|(raft, ..)| raft.clone());
     let (complaint, voted) = with(|checker| {
+        if let Some((.., (node_id, revision))) = &found {
+            checker.holds(host, node_id, *revision);
+        }
         match found {
             // It is just changing; what is followed is followed on.
-            None | Some((None, _, NodeRole::Manager)) => {}
-            Some((None, _, NodeRole::Worker)) => {
+            None | Some((None, _, NodeRole::Manager, _)) => {}
+            Some((None, _, NodeRole::Worker, _)) => {
                 checker.replicas.remove(&host);
                 checker.materials.remove(&host);
             }
-            Some((Some(raft), material, _)) => {
+            Some((Some(raft), material, ..)) => {
                 if let Some(material) = material {
                     checker.materials.insert(host, material);
                 }
@@ -388,6 +395,26 @@ impl Checker {
             }
         }
         self.replicas.insert(host, replica);
+    }
+
+    /// What an agent has taken it does not give back for something older.
+    fn holds(&mut self, host: HostId, node_id: &NodeId, revision: u64) {
+        // It has only just begun.
+        if revision == 0 {
+            return;
+        }
+        match self.revisions.get_mut(node_id) {
+            Some(known) if *known > revision => {
+                let known = *known;
+                self.complain(format!(
+                    "h{host} had its assignments of revision {known}, and has those of {revision}"
+                ));
+            }
+            Some(known) => *known = revision,
+            None => {
+                self.revisions.insert(node_id.clone(), revision);
+            }
+        }
     }
 
     /// What its raft member says of itself. Whether it has voted in a new term.

@@ -48,6 +48,34 @@ impl Dice {
         among.get(at)
     }
 
+    /// One of them, as often as their weights say.
+    pub fn weighted<T: Copy>(&mut self, among: &[(T, u64)]) -> T {
+        let mut at = self.below(among.iter().map(|(_, weight)| weight).sum());
+        let chosen = among
+            .iter()
+            .find(|(_, weight)| match at.checked_sub(*weight) {
+                Some(rest) => {
+                    at = rest;
+                    false
+                }
+                None => true,
+            });
+        chosen.or(among.first()).expect("there is something").0
+    }
+
+    /// The same with other weights: a quarter is left out, a quarter comes four times as often.
+    /// Seeds that do a few things often find what those that do a little of all do not.
+    pub fn stress<T: Copy>(&mut self, among: &[(T, u64)]) -> Vec<(T, u64)> {
+        let mut stressed: Vec<(T, u64)> = among
+            .iter()
+            .map(|(what, weight)| (*what, weight * [0, 1, 1, 4][self.below(4) as usize]))
+            .collect();
+        if stressed.iter().all(|(_, weight)| *weight == 0) {
+            stressed = among.to_vec();
+        }
+        stressed
+    }
+
     /// Around `mean`, most often less, now and then several times as much.
     pub fn around(&mut self, mean: u64) -> u64 {
         // The product of two even dice has a long tail; its mean is a quarter.

@@ -50,6 +50,49 @@ enum Act {
     End,
 }
 
+/// What can go wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Kill,
+    PowerCut,
+    Cut,
+    CutOff,
+    Reset,
+    Loss,
+    SlowDisk,
+    StalledDisk,
+    FailingDisk,
+    Pause,
+    SlowNode,
+    Skew,
+    Replace,
+    ContainerEnds,
+    Leave,
+    Dismiss,
+    LoseLog,
+}
+
+/// How often each of them comes, at first.
+const FAULTS: [(Fault, u64); 17] = [
+    (Fault::Kill, 15),
+    (Fault::PowerCut, 15),
+    (Fault::Cut, 14),
+    (Fault::CutOff, 9),
+    (Fault::Reset, 8),
+    (Fault::Loss, 6),
+    (Fault::SlowDisk, 6),
+    (Fault::StalledDisk, 4),
+    (Fault::FailingDisk, 3),
+    (Fault::Pause, 6),
+    (Fault::SlowNode, 4),
+    (Fault::Skew, 4),
+    (Fault::Replace, 3),
+    (Fault::ContainerEnds, 13),
+    (Fault::Leave, 4),
+    (Fault::Dismiss, 4),
+    (Fault::LoseLog, 4),
+];
+
 struct Stage {
     machines: Vec<Arc<Machine>>,
     /// The first so many begin as managers.
@@ -63,6 +106,8 @@ struct Stage {
     dismissed: Option<String>,
     trouble: u64,
     client_pause: u64,
+    /// How often each fault comes in this seed.
+    weights: Vec<(Fault, u64)>,
     faults: u64,
 }
 
@@ -147,6 +192,7 @@ pub fn make(sim: &mut Sim, seed: u64, size: Size) {
         .collect();
     let clients: Vec<_> = (0..2).map(|_| sim.add_host()).collect();
     let client_pause = dice.between(200, 2500) * MILLI;
+    let weights = dice.stress(&FAULTS);
     STAGE.with(|stage| {
         *stage.borrow_mut() = Some(Stage {
             first_managers: managers,
@@ -159,6 +205,7 @@ pub fn make(sim: &mut Sim, seed: u64, size: Size) {
             dismissed: None,
             trouble: size.trouble,
             client_pause,
+            weights,
             faults: 0,
         });
     });
@@ -355,7 +402,7 @@ fn trouble(sim: &mut Sim) {
     if healing() {
         return;
     }
-    let (kind, mut host, other, length, pause) = with(|stage| {
+    let (fault, ways, mut host, other, length, pause) = with(|stage| {
         stage.faults += 1;
         let machines = stage.machines.len() as u64;
         let all = machines + stage.clients.len() as u64;
@@ -368,7 +415,9 @@ fn trouble(sim: &mut Sim) {
         let other = stage.dice.below(all) as usize;
         let length = stage.dice.around(3 * SECOND);
         let pause = stage.dice.around(1200 * MILLI);
-        (stage.dice.below(122), host, other, length, pause)
+        let fault = stage.dice.weighted(&stage.weights);
+        let ways = stage.dice.below(3);
+        (fault, ways, host, other, length, pause)
     });
     // Who leads is worth more trouble than others.
     if let Some(leader) = check::leader()
@@ -377,18 +426,18 @@ fn trouble(sim: &mut Sim) {
         host = leader;
     }
     let machine = machine_of(host);
-    tracing::info!(kind, host, other, length = length / MILLI, "trouble");
-    match kind {
-        0..15 => stop(sim, host, false, length),
-        15..30 => stop(sim, host, true, length),
-        30..44 => cut(host, other, kind % 3, length),
-        44..53 => {
+    tracing::info!(?fault, host, other, length = length / MILLI, "trouble");
+    match fault {
+        Fault::Kill => stop(sim, host, false, length),
+        Fault::PowerCut => stop(sim, host, true, length),
+        Fault::Cut => cut(host, other, ways, length),
+        Fault::CutOff => {
             let everybody = with(|stage| stage.machines.len() + stage.clients.len());
             for other in 0..everybody {
-                cut(host, other, kind % 3, length);
+                cut(host, other, ways, length);
             }
         }
-        53..61 => world::with(|world| {
+        Fault::Reset => world::with(|world| {
             let open = world.fabric.open();
             for _ in 0..3 {
                 if let Some(conn) = sim.dice.pick(&open) {
@@ -396,41 +445,41 @@ fn trouble(sim: &mut Sim) {
                 }
             }
         }),
-        61..67 => {
+        Fault::Loss => {
             let loss = sim.dice.between(10_000, 300_000);
             world::with(|world| world.fabric.line(host, other).loss = loss);
             again(length, move |_| {
                 world::with(|world| world.fabric.line(host, other).loss = 0);
             });
         }
-        67..73 => {
+        Fault::SlowDisk => {
             machine
                 .mood
                 .set_slow(Some(sim.dice.between(MILLI, 200 * MILLI)));
             again(length, move |_| machine.mood.set_slow(None));
         }
-        73..77 => machine.mood.stall(world::now() + length),
-        77..80 => {
+        Fault::StalledDisk => machine.mood.stall(world::now() + length),
+        Fault::FailingDisk => {
             machine.mood.set_failing(true);
             // Whoever does not write does not notice; the disk is mended then.
             again(10 * SECOND, move |_| machine.mood.set_failing(false));
         }
-        80..86 => sim.pause(host, length),
-        86..90 => {
+        Fault::Pause => sim.pause(host, length),
+        Fault::SlowNode => {
             let cost = sim.dice.between(200 * MICRO, 3 * MILLI);
             sim.set_step_cost(host, cost);
             again(length, move |sim| sim.set_step_cost(host, 20 * MICRO));
         }
-        90..94 => {
+        Fault::Skew => {
             let ahead = sim.dice.between(0, 7200 * SECOND) as i64 - 3600 * SECOND as i64;
             sim.set_skew(host, ahead);
             again(length, move |sim| sim.set_skew(host, 0));
         }
-        94..97 => replace(sim, host, length),
-        110..114 => leave(sim, host),
-        114..118 => dismiss(host),
-        118..122 => lose_log(sim, host, length),
-        _ => end_container(sim, host),
+        Fault::Replace => replace(sim, host, length),
+        Fault::Leave => leave(sim, host),
+        Fault::Dismiss => dismiss(host),
+        Fault::LoseLog => lose_log(sim, host, length),
+        Fault::ContainerEnds => end_container(sim, host),
     }
     let (events, bytes) = world::with(|world| (world.pending(), world.fabric.outstanding()));
     if events > EVENTS_MAX || bytes > BYTES_MAX {

@@ -14,11 +14,12 @@ use swarm_proto::v1::control_client::ControlClient;
 use swarm_proto::v1::service_mode::Mode;
 use swarm_proto::v1::{
     Annotations, ContainerSpec, CreateNetworkRequest, CreateServiceRequest, EndpointSpec,
-    FailureAction, GetNetworkRequest, GetServiceRequest, GlobalMode, ListNodesRequest,
-    NetworkAttachmentConfig, NetworkSpec, Node, NodeAvailability, NodeRole, NodeSpec, Placement,
-    PortConfig, PublishMode, RemoveNetworkRequest, RemoveNodeRequest, RemoveServiceRequest,
-    ReplicatedMode, RestartPolicy, RotateJoinTokenRequest, Service, ServiceMode, ServiceSpec,
-    TaskSpec, UpdateConfig, UpdateNodeRequest, UpdateOrder, UpdateServiceRequest, WatchRequest,
+    FailureAction, GetNetworkRequest, GetServiceRequest, GlobalMode, IpamOptions, IpamPool,
+    ListNodesRequest, NetworkAttachmentConfig, NetworkSpec, Node, NodeAvailability, NodeRole,
+    NodeSpec, Placement, PortConfig, PublishMode, RemoveNetworkRequest, RemoveNodeRequest,
+    RemoveServiceRequest, ReplicatedMode, RestartPolicy, RotateJoinTokenRequest, Service,
+    ServiceMode, ServiceSpec, TaskSpec, UpdateConfig, UpdateNodeRequest, UpdateOrder,
+    UpdateServiceRequest, WatchRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -33,6 +34,9 @@ use crate::world::{self, HostId, SECOND};
 const PATIENCE: Duration = Duration::from_secs(8);
 /// Objects of a kind that one client has at most.
 const OWNED_MAX: usize = 6;
+/// Replicas of a service on a small network at most: a /27 has room for all of one client's
+/// services with their virtual addresses, though not for all updates at once.
+const SMALL_REPLICAS: u64 = 2;
 
 /// What became of requests.
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,6 +83,31 @@ pub fn unverified() -> Vec<String> {
     })
 }
 
+/// What a client does.
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    CreateService,
+    UpdateService,
+    RemoveService,
+    ReadService,
+    CreateNetwork,
+    RemoveNetwork,
+    ReadNetwork,
+    RotateToken,
+}
+
+/// How often each of them comes, at first.
+const DEEDS: [(Deed, u64); 8] = [
+    (Deed::CreateService, 25),
+    (Deed::UpdateService, 25),
+    (Deed::RemoveService, 12),
+    (Deed::ReadService, 12),
+    (Deed::CreateNetwork, 8),
+    (Deed::RemoveNetwork, 6),
+    (Deed::ReadNetwork, 7),
+    (Deed::RotateToken, 5),
+];
+
 /// What a client knows of one object. Marks are numbers that its writes carry.
 #[derive(Debug, Default)]
 struct Owned {
@@ -92,6 +121,8 @@ struct Owned {
     removed: bool,
     id: String,
     version: u64,
+    /// Of a network: has few addresses, so that they are soon given out again.
+    small: bool,
 }
 
 impl Owned {
@@ -137,6 +168,8 @@ enum Outcome<T> {
 pub struct Client {
     name: String,
     dice: Dice,
+    /// How often it does what.
+    deeds: Vec<(Deed, u64)>,
     identity: Option<Arc<Identity>>,
     channels: BTreeMap<HostId, Channel>,
     services: BTreeMap<String, Owned>,
@@ -149,9 +182,11 @@ impl Client {
     /// A client of this name.
     pub fn new(seed: u64, name: &str) -> Self {
         DONE.with(|done| done.borrow_mut().insert(name.to_owned(), false));
+        let mut dice = Dice::new(seed, name);
         Self {
             name: name.to_owned(),
-            dice: Dice::new(seed, name),
+            deeds: dice.stress(&DEEDS),
+            dice,
             identity: None,
             channels: BTreeMap::new(),
             services: BTreeMap::new(),
@@ -410,25 +445,25 @@ impl Client {
     }
 
     async fn one(&mut self) {
-        match self.dice.below(100) {
-            0..25 => self.create_service().await,
-            25..50 => self.update_service().await,
-            50..62 => self.remove_service().await,
-            62..74 => {
+        match self.dice.weighted(&self.deeds) {
+            Deed::CreateService => self.create_service().await,
+            Deed::UpdateService => self.update_service().await,
+            Deed::RemoveService => self.remove_service().await,
+            Deed::ReadService => {
                 let names: Vec<String> = self.services.keys().cloned().collect();
                 if let Some(name) = self.dice.pick(&names).cloned() {
                     self.read_service(&name).await;
                 }
             }
-            74..82 => self.create_network().await,
-            82..88 => self.remove_network().await,
-            88..95 => {
+            Deed::CreateNetwork => self.create_network().await,
+            Deed::RemoveNetwork => self.remove_network().await,
+            Deed::ReadNetwork => {
                 let names: Vec<String> = self.networks.keys().cloned().collect();
                 if let Some(name) = self.dice.pick(&names).cloned() {
                     self.read_network(&name).await;
                 }
             }
-            _ => {
+            Deed::RotateToken => {
                 let role = self.dice.below(2) as i32;
                 let request = RotateJoinTokenRequest { role };
                 if let Outcome::Done(tokens) = self
@@ -454,19 +489,26 @@ impl Client {
             .map(|(name, _)| name.clone())
             .collect();
         let mut networks = Vec::new();
+        let mut replicas_max = 6;
         if self.dice.below(4) != 0
             && let Some(target) = self.dice.pick(&live)
         {
-            networks.push(NetworkAttachmentConfig {
-                target: target.clone(),
-                ..Default::default()
-            });
+            let small = self.networks.get(target).is_some_and(|owned| owned.small);
+            if small {
+                replicas_max = SMALL_REPLICAS;
+            }
+            if !(small && global) {
+                networks.push(NetworkAttachmentConfig {
+                    target: target.clone(),
+                    ..Default::default()
+                });
+            }
         }
         let mode = if global {
             Mode::Global(GlobalMode {})
         } else {
             Mode::Replicated(ReplicatedMode {
-                replicas: Some(self.dice.between(0, 6)),
+                replicas: Some(self.dice.between(0, replicas_max)),
             })
         };
         let order = if self.dice.once_in(4) {
@@ -763,6 +805,14 @@ impl Client {
         self.made += 1;
         let name = format!("{}-n{}", self.name, self.made);
         let mark = self.mark();
+        let small = self.dice.once_in(2);
+        // In the cluster's pool, and now and then one that somebody else has.
+        let place = self.dice.below(2048);
+        let subnet = format!("10.0.{}.{}/27", place / 8, place % 8 * 32);
+        let pool = IpamPool {
+            subnet,
+            ..Default::default()
+        };
         let spec = Some(NetworkSpec {
             annotations: Some(Annotations {
                 name: name.clone(),
@@ -770,12 +820,17 @@ impl Client {
             }),
             driver: "overlay".to_owned(),
             internal: self.dice.once_in(4),
+            ipam: small.then(|| IpamOptions {
+                configs: vec![pool],
+                ..Default::default()
+            }),
             ..Default::default()
         });
         self.networks.insert(
             name.clone(),
             Owned {
                 maybe: vec![mark],
+                small,
                 ..Owned::default()
             },
         );
