@@ -2,9 +2,13 @@
 //!
 //! One loop owns the registry of sessions. A batch of changes is worked out
 //! once; only sessions that it concerns are touched. When the store has gone on
-//! further than it remembers (or got a snapshot), two states are compared instead. A
-//! session's queue is bounded: one that does not keep up is ended, and its agent
-//! starts again with a complete set. Nothing here waits for a session.
+//! further than it remembers (or got a snapshot), two states are compared instead.
+//!
+//! A session has one update on its way at a time. What happens meanwhile is not
+//! queued: when the session is ready again it gets the difference between the state
+//! that its node was told of and the newest one. So the more there is to do, the more
+//! goes together, and a session that is slow costs nothing but its own delay. Nothing
+//! here waits for a session.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -18,11 +22,11 @@ use tonic::Status;
 
 use super::assignments::{AssignmentSet, Delta, Shared, Tables};
 
-/// Updates that a session may be behind before it is ended.
-const SESSION_QUEUE: usize = 1024;
+/// The one update on its way to a session, and acknowledgements of reports.
+const SESSION_QUEUE: usize = 32;
 /// Sessions that wait to be registered.
 const COMMANDS: usize = 256;
-/// Changes that are worked out together.
+/// Changes that are worked out together, and commands that are obeyed together.
 const BATCH: usize = 512;
 
 /// Something for a session to send.
@@ -61,6 +65,11 @@ enum Command {
         session_id: SessionId,
         reply: oneshot::Sender<Registered>,
     },
+    /// What the session was given is on its way.
+    Ready {
+        node_id: NodeId,
+        session_id: SessionId,
+    },
     Close {
         node_id: NodeId,
         session_id: SessionId,
@@ -92,6 +101,16 @@ impl Hub {
         registered.await.map_err(|_| stopping())
     }
 
+    /// The session has sent its update, which was no acknowledgement: it can have another.
+    pub(super) async fn ready(&self, node_id: NodeId, session_id: SessionId) {
+        let command = Command::Ready {
+            node_id,
+            session_id,
+        };
+        // When the hub has ended, so have its registrations.
+        let _ = self.commands.send(command).await;
+    }
+
     /// The session is over.
     pub(super) async fn close(&self, node_id: NodeId, session_id: SessionId) {
         let command = Command::Close {
@@ -118,6 +137,7 @@ pub(super) fn hub(
         sessions: HashMap::new(),
         holders: HashMap::new(),
         tables: Tables::default(),
+        deltas: HashMap::new(),
     };
     (
         Hub { commands },
@@ -137,7 +157,16 @@ async fn run(
         tokio::select! {
             () = cancel.cancelled() => return,
             command = commands.recv() => match command {
-                Some(command) => registry.obey(command),
+                Some(command) => {
+                    registry.obey(command);
+                    // Those that are ready together mostly miss the same.
+                    for _ in 1..BATCH {
+                        match commands.try_recv() {
+                            Ok(command) => registry.obey(command),
+                            Err(_) => break,
+                        }
+                    }
+                }
                 None => return,
             },
             Ok(()) = leaderless.changed() => {
@@ -184,6 +213,8 @@ struct Registry {
     holders: HashMap<NetworkId, BTreeSet<NodeId>>,
     /// As they are in that state.
     tables: Tables,
+    /// What leads to that state, by the index of where it begins.
+    deltas: HashMap<u64, Arc<Delta>>,
 }
 
 struct Entry {
@@ -191,6 +222,12 @@ struct Entry {
     set: AssignmentSet,
     /// Revision that was sent last.
     revision: u64,
+    /// It has an update that it has not sent yet.
+    sending: bool,
+    /// The state that the set is true of, if it is not the newest.
+    behind: Option<Arc<State>>,
+    /// It is to be told of its node and the managers.
+    uninformed: bool,
     queue: mpsc::Sender<Update>,
     end: oneshot::Sender<Status>,
 }
@@ -203,6 +240,10 @@ impl Registry {
                 session_id,
                 reply,
             } => self.open(node_id, session_id, reply),
+            Command::Ready {
+                node_id,
+                session_id,
+            } => self.ready(&node_id, &session_id),
             Command::Close {
                 node_id,
                 session_id,
@@ -238,6 +279,9 @@ impl Registry {
             session_id,
             set,
             revision: self.state.index(),
+            sending: true,
+            behind: None,
+            uninformed: false,
             queue: queue.clone(),
             end,
         };
@@ -321,17 +365,59 @@ impl Registry {
             return;
         };
         self.state = delta.state().clone();
+        self.deltas.clear();
         self.tables.forget(&delta);
         let mut concerned: BTreeSet<NodeId> = delta.nodes().cloned().collect();
         for network in delta.networks() {
             concerned.extend(self.holders.get(network).into_iter().flatten().cloned());
         }
         for node_id in concerned {
-            self.advance(node_id, &delta);
+            match self.sessions.get_mut(&node_id) {
+                Some(entry) if entry.sending => {
+                    entry.behind.get_or_insert_with(|| prior.clone());
+                }
+                Some(_) => self.advance(node_id, &delta),
+                None => {}
+            }
         }
         self.inform(&prior, changes);
     }
 
+    /// The session can have another update.
+    fn ready(&mut self, node_id: &NodeId, session_id: &SessionId) {
+        let Some(entry) = self.sessions.get_mut(node_id) else {
+            return;
+        };
+        if entry.session_id != *session_id {
+            return;
+        }
+        entry.sending = false;
+        if std::mem::take(&mut entry.uninformed) {
+            let info = self.info(node_id);
+            self.send(node_id, Update::Info(Box::new(info)));
+        } else if let Some(before) = entry.behind.take() {
+            let delta = self.since(&before);
+            self.advance(node_id.clone(), &delta);
+        }
+    }
+
+    /// What leads from an earlier state to the newest one.
+    fn since(&mut self, before: &State) -> Arc<Delta> {
+        let made = || {
+            let change = Change {
+                index: self.state.index(),
+                events: self.state.changes_since(before).into(),
+                state: self.state.clone(),
+            };
+            Arc::new(Delta::new(before, &[change]).expect("there is a change"))
+        };
+        let known = self.deltas.get(&before.index()).cloned();
+        let delta = known.unwrap_or_else(made);
+        self.deltas.insert(before.index(), delta.clone());
+        delta
+    }
+
+    /// Gives a session that is ready what a delta, which begins where its set is, means for it.
     fn advance(&mut self, node_id: NodeId, delta: &Delta) {
         let Some(entry) = self.sessions.get_mut(&node_id) else {
             return;
@@ -360,11 +446,11 @@ impl Registry {
     }
 
     fn send(&mut self, node_id: &NodeId, update: Update) {
-        let Some(entry) = self.sessions.get(node_id) else {
+        let Some(entry) = self.sessions.get_mut(node_id) else {
             return;
         };
         match entry.queue.try_send(update) {
-            Ok(()) => {}
+            Ok(()) => entry.sending = true,
             Err(mpsc::error::TrySendError::Full(_)) => {
                 tracing::warn!(node = %node_id, "the agent does not keep up; ending its session");
                 self.end(
@@ -427,8 +513,7 @@ impl Registry {
                     .map(|node| (node.spec.clone(), node.role))
             };
             if everyone || own(prior) != own(&self.state) {
-                let info = self.info(&node_id);
-                self.send(&node_id, Update::Info(Box::new(info)));
+                self.tell(&node_id);
             }
         }
     }
@@ -437,8 +522,20 @@ impl Registry {
     fn stand(&mut self, leaderless: bool) {
         self.leaderless = leaderless;
         for node_id in self.sessions.keys().cloned().collect::<Vec<_>>() {
-            let info = self.info(&node_id);
-            self.send(&node_id, Update::Info(Box::new(info)));
+            self.tell(&node_id);
+        }
+    }
+
+    /// Has the session told of its node and the managers, as soon as it is ready.
+    fn tell(&mut self, node_id: &NodeId) {
+        let Some(entry) = self.sessions.get_mut(node_id) else {
+            return;
+        };
+        if entry.sending {
+            entry.uninformed = true;
+        } else {
+            let info = self.info(node_id);
+            self.send(node_id, Update::Info(Box::new(info)));
         }
     }
 
@@ -510,8 +607,8 @@ fn managers_of(state: &State) -> Vec<ManagerPeer> {
 
 #[cfg(test)]
 mod tests {
-    use swarm_proto::v1::{TaskState, TaskStatus};
-    use swarm_store::testing::{LocalConsensus, create, node, service, task, update};
+    use swarm_proto::v1::{ObjectKind, TaskState, TaskStatus};
+    use swarm_store::testing::{LocalConsensus, create, node, remove, service, task, update};
 
     use super::*;
 
@@ -543,10 +640,80 @@ mod tests {
         }
     }
 
+    /// A session, as its connection has it.
+    struct Session {
+        id: SessionId,
+        held: Registered,
+    }
+
+    /// An update of assignments, for comparing.
+    #[derive(Debug)]
+    struct Sent {
+        applies_to: Option<u64>,
+        results_in: u64,
+        /// How many changes of the node's own.
+        own: usize,
+    }
+
+    impl Session {
+        async fn update(&mut self) -> Update {
+            let update = self.held.updates.recv().await;
+            update.expect("the session goes on")
+        }
+
+        async fn assignments(&mut self) -> Sent {
+            match self.update().await {
+                Update::Assignments {
+                    applies_to,
+                    results_in,
+                    own,
+                    ..
+                } => Sent {
+                    applies_to,
+                    results_in,
+                    own: own.len(),
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
     impl Running {
-        async fn open(&self) -> Registered {
-            let opened = self.hub.open("w1".into(), SessionId::random()).await;
-            opened.expect("the hub runs")
+        async fn open(&self) -> Session {
+            let id = SessionId::random();
+            let opened = self.hub.open("w1".into(), id.clone()).await;
+            Session {
+                id,
+                held: opened.expect("the hub runs"),
+            }
+        }
+
+        /// A session that has sent its complete set.
+        async fn opened(&self) -> Session {
+            let mut session = self.open().await;
+            assert_eq!(session.assignments().await.applies_to, None);
+            self.ready(&session).await;
+            session
+        }
+
+        async fn ready(&self, session: &Session) {
+            self.hub.ready("w1".into(), session.id.clone()).await;
+        }
+
+        /// Returns when the hub has taken in all that has happened.
+        async fn settled(&self) {
+            loop {
+                let other = self.hub.open("w2".into(), SessionId::random()).await;
+                let mut other = other.expect("the hub runs");
+                let informed = other.info.take().expect("new").leaderless;
+                let update = other.updates.recv().await;
+                let newest = self.consensus.store().state().index();
+                if matches!(update, Some(Update::Assignments { results_in, .. }) if results_in == newest)
+                    && informed == *self.leaderless.borrow()
+                {
+                    return;
+                }
+            }
         }
 
         fn assign(&self, id: &str) -> u64 {
@@ -568,64 +735,62 @@ mod tests {
     #[tokio::test]
     async fn sessions_are_told_when_no_leader_hears_their_manager() {
         let running = running();
-        let mut held = running.open().await;
-        assert!(!held.info.as_ref().expect("new").leaderless);
-        let mut told = async || loop {
-            match held.updates.recv().await.expect("the session goes on") {
-                Update::Info(info) => return info.leaderless,
-                _ => continue,
-            }
-        };
+        let mut session = running.opened().await;
+        assert!(!session.held.info.as_ref().expect("new").leaderless);
         running.leaderless.send_replace(true);
-        assert!(told().await);
-        assert!(running.open().await.info.expect("new").leaderless);
+        match session.update().await {
+            Update::Info(info) => assert!(info.leaderless),
+            other => panic!("{other:?}"),
+        }
+        assert!(running.open().await.held.info.expect("new").leaderless);
         running.stop().await;
     }
 
     #[tokio::test]
-    async fn a_session_that_does_not_keep_up_is_ended() {
+    async fn what_happens_while_a_session_is_not_ready_comes_to_one_update() {
         let running = running();
         let mut slow = running.open().await;
-        // Changes that the hub takes together are one update: go on until it is full.
-        let mut tasks = 0..SESSION_QUEUE * 8;
-        let ended = loop {
-            if let Ok(ended) = slow.ended.try_recv() {
-                break ended;
-            }
-            let number = tasks.next().expect("the queue is bounded");
-            running.assign(&format!("t{number}"));
+        let first = slow.assignments().await;
+        assert_eq!(first.applies_to, None);
+        // Others are told in the meantime; this one still sends its first update.
+        let mut index = 0;
+        for number in 0..100 {
+            index = running.assign(&format!("t{number}"));
             tokio::task::yield_now().await;
-        };
-        assert_eq!(ended.code(), tonic::Code::ResourceExhausted);
-        // What it was sent is in order, without a gap.
-        let mut revision = None;
-        while let Ok(update) = slow.updates.try_recv() {
-            match update {
-                Update::Assignments {
-                    applies_to,
-                    results_in,
-                    ..
-                } => {
-                    assert_eq!(revision, applies_to);
-                    revision = Some(results_in);
-                }
-                other => panic!("{other:?}"),
-            }
         }
+        running.leaderless.send_replace(true);
+        running.settled().await;
+        assert!(slow.held.updates.try_recv().is_err());
+        running.ready(&slow).await;
+        match slow.update().await {
+            Update::Info(info) => assert!(info.leaderless),
+            other => panic!("{other:?}"),
+        }
+        running.settled().await;
+        assert!(slow.held.updates.try_recv().is_err());
+        running.ready(&slow).await;
+        let rest = slow.assignments().await;
+        assert_eq!(rest.applies_to, Some(first.results_in));
+        assert_eq!((rest.results_in, rest.own), (index, 100));
+        // What came and went is nothing to it.
+        let gone = running.assign("gone");
+        running.settled().await;
+        let removed = remove(ObjectKind::Task, "gone");
+        running.consensus.write([removed]).expect("valid");
+        running.settled().await;
+        running.ready(&slow).await;
+        let index = running.assign("t100");
+        let next = slow.assignments().await;
+        assert_eq!(next.applies_to, Some(rest.results_in));
+        assert_eq!((next.results_in, next.own), (index, 1));
+        assert!(index > gone);
         running.stop().await;
     }
 
     #[tokio::test]
     async fn after_a_snapshot_was_installed_sessions_go_on_with_what_it_changes() {
         let running = running();
-        let mut session = running.open().await;
-        assert!(matches!(
-            session.updates.recv().await,
-            Some(Update::Assignments {
-                applies_to: None,
-                ..
-            })
-        ));
+        let mut session = running.opened().await;
         let mut ahead = State::clone(&running.consensus.store().state());
         let mut made = task("t", "s", &[]);
         made.node_id = "w1".into();
@@ -637,43 +802,20 @@ mod tests {
         let transaction = swarm_store::testing::transaction([create(made)]);
         ahead = ahead.apply(index, &transaction).expect("valid").state;
         running.consensus.store().replace(ahead);
-        match session.updates.recv().await.expect("the session goes on") {
-            Update::Assignments {
-                applies_to: Some(_),
-                results_in,
-                own,
-                ..
-            } => {
-                assert_eq!(results_in, index);
-                assert_eq!(own.len(), 1);
-            }
-            other => panic!("{other:?}"),
-        }
+        let sent = session.assignments().await;
+        assert!(sent.applies_to.is_some());
+        assert_eq!((sent.results_in, sent.own), (index, 1));
+        running.ready(&session).await;
         let next = running.assign("t2");
-        match session.updates.recv().await.expect("the session goes on") {
-            Update::Assignments {
-                applies_to,
-                results_in,
-                ..
-            } => {
-                assert_eq!((applies_to, results_in), (Some(index), next));
-            }
-            other => panic!("{other:?}"),
-        }
+        let sent = session.assignments().await;
+        assert_eq!((sent.applies_to, sent.results_in), (Some(index), next));
         running.stop().await;
     }
 
     #[tokio::test]
     async fn a_hub_that_has_fallen_behind_goes_on_without_starting_a_session_again() {
         let running = running();
-        let mut session = running.open().await;
-        assert!(matches!(
-            session.updates.recv().await,
-            Some(Update::Assignments {
-                applies_to: None,
-                ..
-            })
-        ));
+        let mut session = running.opened().await;
         let first = running.consensus.store().state().index();
         // The hub does not run meanwhile. More than the store remembers:
         let mut made = 0;
@@ -691,32 +833,16 @@ mod tests {
             made += 2000;
         }
         let index = running.consensus.store().state().index();
-        match session.updates.recv().await.expect("the session goes on") {
-            Update::Assignments {
-                applies_to,
-                results_in,
-                own,
-                ..
-            } => {
-                assert_eq!((applies_to, results_in), (Some(first), index));
-                assert_eq!(own.len(), made / 1000);
-            }
-            other => panic!("{other:?}"),
-        }
+        let sent = session.assignments().await;
+        assert_eq!((sent.applies_to, sent.results_in), (Some(first), index));
+        assert_eq!(sent.own, made / 1000);
         running.stop().await;
     }
 
     #[tokio::test]
     async fn what_does_not_concern_a_node_is_not_sent_to_it() {
         let running = running();
-        let mut session = running.open().await;
-        assert!(matches!(
-            session.updates.recv().await,
-            Some(Update::Assignments {
-                applies_to: None,
-                ..
-            })
-        ));
+        let mut session = running.opened().await;
         let store = running.consensus.store();
         let mut seen = (**store.state().node("w1").expect("there")).clone();
         seen.status.as_mut().expect("set").message = "seen".into();
@@ -726,10 +852,7 @@ mod tests {
             .write([create(node("w2", ""))])
             .expect("valid");
         let index = running.assign("t");
-        match session.updates.recv().await.expect("the session goes on") {
-            Update::Assignments { results_in, .. } => assert_eq!(results_in, index),
-            other => panic!("{other:?}"),
-        }
+        assert_eq!(session.assignments().await.results_in, index);
         running.stop().await;
     }
 }

@@ -126,7 +126,8 @@ impl Worker {
                 return;
             }
             for (queue, sequence) in acks {
-                // A full queue has ended its session already; a closed one is over.
+                // One that is full has had more reports than are allowed: the next
+                // acknowledgement says it too. A closed one is over.
                 let _ = queue.try_send(Update::StatusAck(sequence));
             }
         }

@@ -40,7 +40,7 @@ use super::liveness::{Liveness, grace, heartbeat_period};
 
 /// Messages that wait for the connection to take them, each of at most 128 KiB
 /// or one object.
-const OUTBOUND: usize = 4;
+const OUTBOUND: usize = 2;
 /// Encoded bytes of one task's status; what is longer loses its texts.
 const STATUS_MAX: usize = 16 << 10;
 /// Encoded bytes of a node's description.
@@ -418,6 +418,7 @@ impl Session {
     }
 
     async fn write_one(&self, update: Update) -> Result<(), Status> {
+        let answer = matches!(update, Update::StatusAck(_));
         match update {
             Update::Assignments {
                 applies_to,
@@ -443,6 +444,11 @@ impl Session {
                 let ack = StatusAck { sequence };
                 self.send(manager_message::Message::StatusAck(ack)).await?;
             }
+        }
+        if !answer {
+            let hub = &self.sessions.hub;
+            hub.ready(self.node_id.clone(), self.session_id.clone())
+                .await;
         }
         Ok(())
     }
