@@ -21,6 +21,8 @@ use crate::leader::{Fed, Feed, Group, LeaderLoop, LoopContext, sleep_until};
 
 /// A task is stopped after this long, whoever has acknowledged.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Of the nodes that have not acknowledged, so many are named in the log.
+const MISSING_SAID: usize = 5;
 /// A task that waits for longer than this says so.
 const EXPLAIN_AFTER: Duration = Duration::from_millis(500);
 /// Acknowledgements that come within this time are looked at together.
@@ -158,7 +160,8 @@ impl Waiting {
             let (explain_at, end) = (entry.since + EXPLAIN_AFTER, entry.since + PATIENCE);
             if missing.is_empty() || end <= now {
                 if !missing.is_empty() {
-                    tracing::warn!(task = %id, ?missing, "nodes have not acknowledged that a task ends; stopping it all the same");
+                    let first: Vec<&NodeId> = missing.iter().take(MISSING_SAID).collect();
+                    tracing::warn!(task = %id, nodes = missing.len(), ?first, "nodes have not acknowledged that a task ends; stopping it all the same");
                 }
                 entry.proposed = version_of(task);
                 verdict.groups.push(vec![write(Task {

@@ -391,7 +391,7 @@ impl Scheduler {
             && let Some(task) = waiting.queue.pop_front()
         {
             match waits(&self.tasks, &task) {
-                true if task.node_id.is_empty() => free.push(task),
+                true if is_free(&task) => free.push(task),
                 true => bound.push(task),
                 false => {}
             }
@@ -642,6 +642,15 @@ fn observed(task: &Task) -> TaskState {
 
 fn is_active(task: &Task) -> bool {
     task.desired_state() <= TaskState::Running
+}
+
+/// Any node will do, and not the one that a global service's task is made for.
+fn is_free(task: &Task) -> bool {
+    #[cfg(feature = "museum")]
+    if swarm_proto::museum::on(swarm_proto::museum::Bug::PlacedTwice) && task.slot != 0 {
+        return true;
+    }
+    task.node_id.is_empty()
 }
 
 fn is_pending(task: &Task) -> bool {

@@ -238,7 +238,8 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
         })
     });
     let raft = found.as_ref().and_then(|(raft, ..)| raft.clone());
-    let (complaint, voted) = with(|checker| {
+    let (complaint, voted, committed) = with(|checker| {
+        let entries = checker.counts.entries;
         if let Some((.., (node_id, revision))) = &found {
             checker.holds(host, node_id, *revision);
         }
@@ -261,13 +262,17 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
         }
         checker.follow(host);
         let voted = raft.is_some_and(|raft| checker.follow_raft(host, &raft));
-        (checker.complaint.take(), voted)
+        let committed = checker.counts.entries > entries;
+        (checker.complaint.take(), voted, committed)
     });
     if let Some(complaint) = complaint {
         sim.fail(complaint);
     }
     if voted {
         crate::plan::voted(sim, host);
+    }
+    if committed {
+        crate::plan::committed(host);
     }
 }
 

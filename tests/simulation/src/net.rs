@@ -176,6 +176,11 @@ impl Fabric {
             .collect()
     }
 
+    /// Whether the host is one of a connection's ends.
+    pub fn is_end(&self, conn: usize, host: HostId) -> bool {
+        self.conns[conn].hosts.contains(&host)
+    }
+
     /// Bytes that were sent and not yet read.
     pub fn outstanding(&self) -> usize {
         self.pipes.iter().map(|pipe| pipe.outstanding).sum()

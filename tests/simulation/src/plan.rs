@@ -33,6 +33,8 @@ const EVENTS_MAX: usize = 100_000;
 const BYTES_MAX: usize = 64 << 20;
 /// One in so many votes is followed by a power cut.
 const VOTES: u64 = 12;
+/// One in so many entries is followed by the loss of all connections of who applied it first.
+const COMMITS: u64 = 150;
 /// Between two looks at whether it is.
 const LOOK: u64 = 200 * MILLI;
 
@@ -267,7 +269,21 @@ fn machine_of(host: HostId) -> Arc<Machine> {
 pub fn process_ended(host: HostId) {
     check::gone(host);
     let pause = with(|stage| stage.dice.between(100 * MILLI, 3 * SECOND));
-    again(pause, move |sim| start(sim, host));
+    start_later(host, pause);
+}
+
+/// Starts the host then, unless it has been started before.
+fn start_later(host: HostId, pause: u64) {
+    let boot = boots(host);
+    again(pause, move |sim| {
+        if boots(host) == boot {
+            start(sim, host);
+        }
+    });
+}
+
+fn boots(host: HostId) -> u64 {
+    world::with(|world| world.hosts[host].boot)
 }
 
 fn start(sim: &mut Sim, host: HostId) {
@@ -288,7 +304,7 @@ fn stop(sim: &mut Sim, host: HostId, power: bool, pause: u64) {
     if power {
         machine_of(host).lose_power(&mut sim.dice);
     }
-    again(pause, move |sim| start(sim, host));
+    start_later(host, pause);
 }
 
 /// Whether the raft log of this host may be lost. At most one manager's at a time, as no cluster
@@ -328,7 +344,7 @@ fn replace(sim: &mut Sim, host: HostId, pause: u64) {
     sim.crash(host, true);
     check::gone(host);
     machine_of(host).wipe();
-    again(pause, move |sim| start(sim, host));
+    start_later(host, pause);
 }
 
 /// A manager loses what it has of raft, and comes back at once.
@@ -341,7 +357,7 @@ fn lose_log(sim: &mut Sim, host: HostId, pause: u64) {
     if let Err(error) = machine_of(host).lose_log() {
         tracing::info!(%error, "the log stays");
     }
-    again(pause / 8, move |sim| start(sim, host));
+    start_later(host, pause / 8);
 }
 
 /// The node leaves the cluster, and comes again as another one.
@@ -382,6 +398,21 @@ pub fn voted(sim: &mut Sim, host: HostId) {
         let pause = with(|stage| stage.dice.around(SECOND));
         stop(sim, host, true, pause);
     }
+}
+
+/// The host is the first to apply an entry, which its client does not know yet: a bad moment for
+/// its connections to break.
+pub fn committed(host: HostId) {
+    if healing() || !with(|stage| stage.dice.once_in(COMMITS)) {
+        return;
+    }
+    world::with(|world| {
+        for conn in world.fabric.open() {
+            if world.fabric.is_end(conn, host) {
+                world.break_connection(conn);
+            }
+        }
+    });
 }
 
 /// Some container of the host ends by itself.

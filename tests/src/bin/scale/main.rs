@@ -21,9 +21,9 @@ use clap::Parser;
 use futures::{StreamExt as _, TryStreamExt as _};
 use swarm_agent::light::{LARGEST_MESSAGE, LightAgent};
 use swarm_proto::v1::{
-    Annotations, ContainerSpec, CreateNetworkRequest, CreateServiceRequest, Filters, GlobalMode,
-    ListNodesRequest, NetworkAttachmentConfig, NetworkSpec, NodeState, ReplicatedMode, ServiceMode,
-    ServiceSpec, TaskSpec, service_mode,
+    Annotations, ContainerSpec, CreateNetworkRequest, CreateServiceRequest, Filters,
+    ListNodesRequest, NetworkAttachmentConfig, NetworkSpec, NodeState, Placement, ReplicatedMode,
+    ServiceMode, ServiceSpec, TaskSpec, UpdateServiceRequest, service_mode,
 };
 
 use crate::agents::{Board, Probe};
@@ -69,6 +69,10 @@ struct Args {
     #[arg(long)]
     keep: bool,
 }
+
+/// Tasks that are added at a time to the network that comes to be on every agent. All at once would be
+/// a million rows for a thousand agents, which a machine each has time for, and this one has not.
+const STEP: usize = 100;
 
 fn main() -> Result<()> {
     let args = Args::parse();
@@ -313,7 +317,7 @@ impl Scale {
             .map(|(at, size)| {
                 let mut control = control.clone();
                 async move {
-                    let request = service(format!("bulk-{at}"), Some(size), None);
+                    let request = service(format!("bulk-{at}"), size, None);
                     control.create_service(request).await.map(drop)
                 }
             })
@@ -366,7 +370,7 @@ impl Scale {
             calls.push(tokio::spawn(async move {
                 let name = format!("one-{number}");
                 let begin = Instant::now();
-                let request = service(name.clone(), Some(1), None);
+                let request = service(name.clone(), 1, None);
                 control.create_service(request).await.map(|_| (name, begin))
             }));
         }
@@ -417,18 +421,36 @@ impl Scale {
         let begin = Instant::now();
         let already = self.board.assigned.load(Ordering::Relaxed);
         let before: std::collections::HashSet<_> = self.agents[0].tasks().into_iter().collect();
-        control
-            .create_service(service("everywhere".into(), None, Some(network.id)))
-            .await?;
         let count = self.agents.len();
-        self.until("a task on every agent", || {
-            self.board.assigned.load(Ordering::Relaxed) - already >= count as u64
-        })
-        .await?;
-        self.until("all tasks are acknowledged", || self.unacknowledged() == 0)
+        let mut request = service("everywhere".into(), 0, Some(network.id));
+        let spec = request.spec.get_or_insert_default();
+        let placement = Placement {
+            max_replicas: 1,
+            ..Placement::default()
+        };
+        spec.task.get_or_insert_default().placement = Some(placement);
+        let mut made = control.create_service(request).await?.into_inner().service;
+        for replicas in (STEP..count + STEP).step_by(STEP) {
+            let replicas = replicas.min(count) as u64;
+            let now = made.take().context("the service that was written")?;
+            let meta = now.meta.unwrap_or_default();
+            let mut spec = now.spec.unwrap_or_default();
+            spec.mode = Some(replicated(replicas));
+            let update = UpdateServiceRequest {
+                service_id: now.id,
+                version: meta.version.unwrap_or_default().index,
+                spec: Some(spec),
+            };
+            made = Some(control.update_service(update).await?.into_inner());
+            self.until("a task on every agent", || {
+                self.board.assigned.load(Ordering::Relaxed) - already >= replicas
+            })
             .await?;
+            self.until("all tasks are acknowledged", || self.unacknowledged() == 0)
+                .await?;
+        }
         self.figures.add(
-            "network on every agent: all RUNNING, s",
+            "network on every agent, step by step: all RUNNING, s",
             begin.elapsed().as_secs_f64(),
         );
         let task = self.agents[0]
@@ -529,7 +551,7 @@ impl Scale {
         );
         let mut control = self.managers.control(1);
         let created = control
-            .create_service(service("after".into(), Some(1), None))
+            .create_service(service("after".into(), 1, None))
             .await;
         if let Err(error) = created {
             bail!("no write after the restart: {error}");
@@ -550,13 +572,15 @@ fn named(name: &str) -> Annotations {
 }
 
 /// So many replicas, or one on every node.
-fn service(name: String, replicas: Option<u64>, network: Option<String>) -> CreateServiceRequest {
-    let mode = match replicas {
-        Some(replicas) => service_mode::Mode::Replicated(ReplicatedMode {
+fn replicated(replicas: u64) -> ServiceMode {
+    ServiceMode {
+        mode: Some(service_mode::Mode::Replicated(ReplicatedMode {
             replicas: Some(replicas),
-        }),
-        None => service_mode::Mode::Global(GlobalMode {}),
-    };
+        })),
+    }
+}
+
+fn service(name: String, replicas: u64, network: Option<String>) -> CreateServiceRequest {
     CreateServiceRequest {
         spec: Some(ServiceSpec {
             annotations: Some(named(&name)),
@@ -575,7 +599,7 @@ fn service(name: String, replicas: Option<u64>, network: Option<String>) -> Crea
                     .collect(),
                 ..TaskSpec::default()
             }),
-            mode: Some(ServiceMode { mode: Some(mode) }),
+            mode: Some(replicated(replicas)),
             ..ServiceSpec::default()
         }),
     }
