@@ -12,9 +12,7 @@ use prost::Message as _;
 use swarm_identity::KeyMaterial;
 use swarm_proto::task_state::is_terminal;
 use swarm_proto::v1::object::Object as Kind;
-use swarm_proto::v1::{
-    JoinTokens, NodeRole, NodeState, Object, Task, TaskState, UpdateOrder, WatchAction,
-};
+use swarm_proto::v1::{NodeRole, NodeState, Object, Task, TaskState, UpdateOrder, WatchAction};
 use swarm_proto::{NodeId, TaskId};
 use swarm_raft::{Progress, RaftNode};
 use swarm_store::{Change, Consensus as _, Event, Leadership, State, Store, Watch, WatchError};
@@ -54,7 +52,7 @@ pub struct Checker {
     canon: BTreeMap<u64, Entry>,
     leaders: BTreeMap<u64, HostId>,
     materials: BTreeMap<HostId, (NodeId, KeyMaterial)>,
-    tokens: Option<JoinTokens>,
+    founded: bool,
     started: BTreeMap<TaskId, HostId>,
     /// Services that had an update that starts first.
     start_first: BTreeSet<String>,
@@ -103,29 +101,26 @@ pub fn complain(reason: String) {
     });
 }
 
-/// The cluster's tokens.
-pub fn tokens(tokens: &JoinTokens) {
-    with(|checker| checker.tokens = Some(tokens.clone()));
+/// Somebody has made the cluster.
+pub fn made() {
+    with(|checker| checker.founded = true);
 }
 
-/// Whether somebody has made the cluster.
+/// Whether somebody has.
 pub fn founded() -> bool {
-    with(|checker| checker.tokens.is_some())
+    with(|checker| checker.founded)
 }
 
-/// The token for new managers or workers, as last heard.
+/// The token for new managers or workers, as whoever adds a machine asks for it.
 pub fn token(manager: bool) -> Option<String> {
-    with(|checker| {
-        let tokens = checker.tokens.as_ref()?;
-        Some(
-            if manager {
-                &tokens.manager
-            } else {
-                &tokens.worker
-            }
-            .clone(),
-        )
-    })
+    let state = newest()?;
+    let tokens = state.cluster()?.root_ca.as_ref()?.join_tokens.as_ref()?;
+    let token = if manager {
+        &tokens.manager
+    } else {
+        &tokens.worker
+    };
+    Some(token.clone())
 }
 
 /// A container is started.

@@ -271,7 +271,7 @@ impl Machine {
                     ..Default::default()
                 };
                 let made = node.init(request).await;
-                made.map(|made| check::tokens(&made.tokens.unwrap_or_default()))
+                made.map(|_| check::made())
             } else {
                 let request = JoinClusterRequest {
                     token: check::token(begin != Begin::Worker).unwrap_or_default(),

@@ -466,12 +466,8 @@ impl Client {
             Deed::RotateToken => {
                 let role = self.dice.below(2) as i32;
                 let request = RotateJoinTokenRequest { role };
-                if let Outcome::Done(tokens) = self
-                    .write(|mut client| async move { client.rotate_join_token(request).await })
-                    .await
-                {
-                    check::tokens(&tokens);
-                }
+                self.write(|mut client| async move { client.rotate_join_token(request).await })
+                    .await;
             }
         }
     }
