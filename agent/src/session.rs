@@ -133,14 +133,12 @@ enum SessionError {
 
 impl SessionError {
     fn of(addr: &str, status: &tonic::Status) -> Self {
-        let (addr, status, removed) = (
-            addr.to_owned(),
-            describe(status),
-            swarm_identity::is_removed(status),
-        );
-        match removed {
-            true => Self::Removed { addr, status },
-            false => Self::Refused { addr, status },
+        let removed = swarm_identity::is_removed(status);
+        let (addr, status) = (addr.to_owned(), describe(status));
+        if removed {
+            Self::Removed { addr, status }
+        } else {
+            Self::Refused { addr, status }
         }
     }
 }

@@ -162,13 +162,13 @@ impl Cluster {
             .context("node ls marks no leader")
     }
 
-    /// "Ready" or "Down": what h1 says of a host.
+    /// "Ready" or "Down": what the host that is asked says of another.
     ///
     /// # Errors
     /// `swarm` failed, or there is no such node.
-    pub fn status_of(&self, host: &str) -> Result<String> {
+    pub fn status_of(&self, asked: &str, host: &str) -> Result<String> {
         let listing = self.swarm(
-            "h1",
+            asked,
             &["node", "ls", "--format", "{{.Hostname}} {{.Status}}"],
         )?;
         listing

@@ -109,7 +109,7 @@ fn a_clock_beyond_the_end_of_certificates_is_named_and_healed() -> Result<()> {
         )
     })?;
     wait_until(PATIENCE, "h2 is Down", || {
-        Ok((cluster.status_of("h2")? == "Down").then_some(()))
+        Ok((cluster.status_of("h1", "h2")? == "Down").then_some(()))
     })?;
     ensure!(cluster.host_sh("h2", container)? == before);
     cluster.heal()?;

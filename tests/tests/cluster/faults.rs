@@ -283,7 +283,7 @@ fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -
     let silent = Instant::now();
     cluster.pause("h2")?;
     wait_until(PATIENCE, "h2 is Down", || {
-        Ok((cluster.status_of("h2")? == "Down").then_some(()))
+        Ok((cluster.status_of("h1", "h2")? == "Down").then_some(()))
     })?;
     let elapsed = silent.elapsed();
     ensure!(
@@ -298,7 +298,7 @@ fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -
         "h2 is Ready again and has stopped what was replaced",
         || {
             let left = cluster.host_sh("h2", "ls /run/swarm/netns 2>/dev/null | wc -l")?;
-            Ok((cluster.status_of("h2")? == "Ready" && left.trim() == "0").then_some(()))
+            Ok((cluster.status_of("h1", "h2")? == "Ready" && left.trim() == "0").then_some(()))
         },
     )?;
     Ok(())
@@ -382,12 +382,7 @@ fn agents_whose_managers_are_lost_keep_their_tasks() -> Result<()> {
     for other in &others {
         cluster.cut(&cut, other)?;
     }
-    let status = |host: &str| -> Result<String> {
-        let format = "{{.Hostname}} {{.Status}}";
-        let listing = cluster.swarm(others[0], &["node", "ls", "--format", format])?;
-        let line = listing.lines().find_map(|line| line.strip_prefix(host));
-        Ok(line.context("no such node")?.trim().to_owned())
-    };
+    let status = |host: &str| cluster.status_of(others[0], host);
     wait_until(PATIENCE, "the manager that is cut off is Down", || {
         Ok((status(&cut)? == "Down").then_some(()))
     })?;
