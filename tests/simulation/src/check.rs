@@ -50,6 +50,9 @@ struct Entry {
 pub struct Checker {
     replicas: BTreeMap<HostId, Replica>,
     canon: BTreeMap<u64, Entry>,
+    /// Where the first replica was when it began to be followed: what is up to there, the canon
+    /// does not know.
+    origin: Option<u64>,
     leaders: BTreeMap<u64, HostId>,
     materials: BTreeMap<HostId, (NodeId, KeyMaterial)>,
     founded: bool,
@@ -343,6 +346,7 @@ impl Checker {
     fn begin(&mut self, host: HostId, raft: &Arc<RaftNode>) {
         let store = Arc::clone(raft.store());
         let (state, watch) = store.watch();
+        self.origin.get_or_insert(state.index());
         self.compare_whole(host, &state);
         let replica = Replica {
             seen: state.index(),
@@ -498,6 +502,9 @@ impl Checker {
                     change.events
                 ));
             }
+            return;
+        }
+        if self.origin.is_some_and(|origin| index <= origin) {
             return;
         }
         if let Some((newest, _)) = self.canon.last_key_value()

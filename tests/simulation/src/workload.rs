@@ -37,6 +37,8 @@ const OWNED_MAX: usize = 6;
 /// Replicas of a service on a small network at most: a /27 has room for all of one client's
 /// services with their virtual addresses, though not for all updates at once.
 const SMALL_REPLICAS: u64 = 2;
+/// Machines at most if global services are on networks: one of the default size has 61 addresses.
+const GLOBAL_MAX: u64 = 8;
 
 /// What became of requests.
 #[derive(Clone, Copy, Debug, Default)]
@@ -493,7 +495,8 @@ impl Client {
             if small {
                 replicas_max = SMALL_REPLICAS;
             }
-            if !(small && global) {
+            // One on each node, of all such services: there must be an address for each.
+            if !(global && (small || crate::plan::machines() > GLOBAL_MAX)) {
                 networks.push(NetworkAttachmentConfig {
                     target: target.clone(),
                     ..Default::default()
