@@ -423,8 +423,7 @@ impl Registry {
         }
         entry.sending = false;
         if std::mem::take(&mut entry.uninformed) {
-            let info = self.info(node_id);
-            self.send(node_id, Update::Info(Box::new(info)));
+            self.tell(node_id);
         } else if let Some(before) = entry.behind.take() {
             let delta = self.since(&before);
             self.advance(node_id.clone(), &delta);
@@ -434,17 +433,11 @@ impl Registry {
     /// What leads from an earlier state to the newest one.
     fn since(&mut self, before: &State) -> Arc<Delta> {
         let made = || {
-            let change = Change {
-                index: self.state.index(),
-                events: self.state.changes_since(before).into(),
-                state: self.state.clone(),
-            };
+            let change = change_between(before, self.state.clone());
             Arc::new(Delta::new(before, &[change]).expect("there is a change"))
         };
-        let known = self.deltas.get(&before.index()).cloned();
-        let delta = known.unwrap_or_else(made);
-        self.deltas.insert(before.index(), delta.clone());
-        delta
+        let known = self.deltas.entry(before.index());
+        known.or_insert_with(made).clone()
     }
 
     /// Gives a session that is ready what a delta, which begins where its set is, means for it.
@@ -590,17 +583,22 @@ impl Registry {
     /// Changes were lost: what they come to is seen from the states before and after them.
     fn catch_up(&mut self, store: &Store) -> (u32, Watch) {
         let (state, watch) = store.watch();
-        let change = Change {
-            index: state.index(),
-            events: state.changes_since(&self.state).into(),
-            state,
-        };
+        let change = change_between(&self.state, state);
         tracing::info!(
             objects = change.events.len(),
             behind = change.index.saturating_sub(self.state.index()),
             "the dispatcher was behind; going on from the newest state"
         );
         (self.follow(&[change]), watch)
+    }
+}
+
+/// All that happened between two states, as one change.
+fn change_between(before: &State, state: Arc<State>) -> Change {
+    Change {
+        index: state.index(),
+        events: state.changes_since(before).into(),
+        state,
     }
 }
 
@@ -669,6 +667,16 @@ mod tests {
             cancel,
             run: tokio::spawn(run),
         }
+    }
+
+    fn assigned(id: &str, node: &str) -> swarm_proto::v1::Task {
+        let mut made = task(id, "s", &[]);
+        made.node_id = node.into();
+        made.status = Some(TaskStatus {
+            state: TaskState::Assigned.into(),
+            ..TaskStatus::default()
+        });
+        made
     }
 
     /// A session, as its connection has it.
@@ -748,13 +756,8 @@ mod tests {
         }
 
         fn assign(&self, id: &str) -> u64 {
-            let mut made = task(id, "s", &[]);
-            made.node_id = "w1".into();
-            made.status = Some(TaskStatus {
-                state: TaskState::Assigned.into(),
-                ..TaskStatus::default()
-            });
-            self.consensus.write([create(made)]).expect("valid")
+            let made = create(assigned(id, "w1"));
+            self.consensus.write([made]).expect("valid")
         }
 
         async fn stop(self) {
@@ -818,19 +821,50 @@ mod tests {
         running.stop().await;
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_to_many_sessions_is_followed_by_a_pause_and_one_to_few_is_not() {
+        let pause = |count: u32| (PAUSE_EACH * count).min(PAUSE_MAX);
+        for (count, expected) in [(2, Duration::ZERO), (100, pause(100)), (1000, PAUSE_MAX)] {
+            let running = running();
+            let mut sessions = Vec::new();
+            for number in 0..count {
+                let (node, id) = (NodeId::from(format!("n{number}")), SessionId::random());
+                let held = running.hub.open(node.clone(), id.clone()).await;
+                let mut session = Session {
+                    held: held.expect("the hub runs"),
+                    id: id.clone(),
+                };
+                session.assignments().await;
+                running.hub.ready(node, id).await;
+                sessions.push(session);
+            }
+            let tasks = (0..count).map(|n| create(assigned(&format!("t{n}"), &format!("n{n}"))));
+            running.consensus.write(tasks).expect("valid");
+            for (number, session) in sessions.iter_mut().enumerate() {
+                assert_eq!(session.assignments().await.own, 1);
+                let node = NodeId::from(format!("n{number}"));
+                running.hub.ready(node, session.id.clone()).await;
+            }
+            let sent = Instant::now();
+            let another = create(assigned("another", "n0"));
+            running.consensus.write([another]).expect("valid");
+            assert_eq!(sessions[0].assignments().await.own, 1);
+            // A timer is a millisecond late at most.
+            let late = sent.elapsed();
+            let most = expected + Duration::from_millis(u64::from(!expected.is_zero()));
+            assert!((expected..=most).contains(&late), "{count}: {late:?}");
+            running.stop().await;
+        }
+    }
+
     #[tokio::test]
     async fn after_a_snapshot_was_installed_sessions_go_on_with_what_it_changes() {
         let running = running();
         let mut session = running.opened().await;
         let mut ahead = State::clone(&running.consensus.store().state());
-        let mut made = task("t", "s", &[]);
-        made.node_id = "w1".into();
-        made.status = Some(TaskStatus {
-            state: TaskState::Assigned.into(),
-            ..TaskStatus::default()
-        });
         let index = ahead.index() + 100;
-        let transaction = swarm_store::testing::transaction([create(made)]);
+        let made = create(assigned("t", "w1"));
+        let transaction = swarm_store::testing::transaction([made]);
         ahead = ahead.apply(index, &transaction).expect("valid").state;
         running.consensus.store().replace(ahead);
         let sent = session.assignments().await;
@@ -852,13 +886,8 @@ mod tests {
         let mut made = 0;
         while running.consensus.store().watch_from(first).is_ok() {
             let some = (made..made + 2000).map(|number| {
-                let mut made = task(&format!("t{number}"), "s", &[]);
-                made.node_id = if number % 1000 == 0 { "w1" } else { "w2" }.into();
-                made.status = Some(TaskStatus {
-                    state: TaskState::Assigned.into(),
-                    ..TaskStatus::default()
-                });
-                create(made)
+                let node = if number % 1000 == 0 { "w1" } else { "w2" };
+                create(assigned(&format!("t{number}"), node))
             });
             running.consensus.write(some).expect("valid");
             made += 2000;
