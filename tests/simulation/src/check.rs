@@ -229,9 +229,8 @@ pub fn after_step(sim: &mut Sim, host: HostId) {
                 let known = checker.materials.get(&host);
                 known.is_some_and(|(id, _)| *id == node_id)
             };
-            let known = with(is_known);
             let held = (node_id.clone(), member.agent.revision());
-            let material = (!known).then(|| (node_id, member.identity.material()));
+            let material = (!with(is_known)).then(|| (node_id, member.identity.material()));
             (raft, material, member.identity.role(), held)
         })
     });

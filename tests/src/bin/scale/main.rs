@@ -571,7 +571,6 @@ fn named(name: &str) -> Annotations {
     }
 }
 
-/// So many replicas, or one on every node.
 fn replicated(replicas: u64) -> ServiceMode {
     ServiceMode {
         mode: Some(service_mode::Mode::Replicated(ReplicatedMode {
