@@ -4,9 +4,10 @@
 //! network that one of them is on; and for each such network the rows of all
 //! its endpoints and services, wherever they are. What a batch of changes does
 //! to tasks and tables is worked out once ([`Delta`]); a node's [`AssignmentSet`]
-//! then picks what concerns it. Nothing is rescanned but a network that is new to a node.
+//! then picks what concerns it. For a node that has missed some of it, the [`Journal`] makes a delta of
+//! what it holds alone. Nothing is rescanned but a network that is new to a node.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -29,6 +30,8 @@ const MESSAGE_BYTES: usize = 120 << 10;
 const PART_BYTES: usize = 30 << 10;
 /// Whole tables that are kept.
 const TABLES_MAX: usize = 1024;
+/// Keys of rows that a [`Journal`] remembers, of some 100 bytes each.
+const JOURNAL_ROWS: usize = 50_000;
 
 /// Changes that several nodes get, encoded once: on a network of ten thousand tasks, each of as
 /// many nodes gets every row.
@@ -219,6 +222,17 @@ fn table(state: &State, network: &NetworkId) -> Vec<AssignmentChange> {
 /// A task as it was held and as it is to be held; `None` = not.
 type TaskChange = (Option<Arc<Task>>, Option<Arc<Task>>);
 
+/// A row of the table of a network, or the network itself: in the order in which changes are sent.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Row {
+    Network,
+    Service(ServiceId),
+    Endpoint(TaskId),
+}
+
+/// The rows that may have changed, by network.
+type Rows = BTreeMap<NetworkId, BTreeSet<Row>>;
+
 /// What a batch of changes does to assignments, worked out once for all nodes.
 #[derive(Debug)]
 pub struct Delta {
@@ -227,6 +241,8 @@ pub struct Delta {
     tasks: BTreeMap<NodeId, Vec<TaskChange>>,
     /// Per network: changes to it and its rows.
     tables: BTreeMap<NetworkId, Shared>,
+    /// The rows that `tables` is made of.
+    rows: Rows,
 }
 
 impl Delta {
@@ -236,9 +252,10 @@ impl Delta {
         let next = changes.last()?.state.clone();
         // As they were before the first change and are after the last.
         let mut tasks: BTreeMap<TaskId, TaskChange> = BTreeMap::new();
-        let mut networks = BTreeSet::new();
-        let mut endpoints = BTreeSet::new();
-        let mut services = BTreeSet::new();
+        let mut rows = Rows::new();
+        let mut touch = |network: NetworkId, row: Row| {
+            rows.entry(network).or_default().insert(row);
+        };
         for event in changes.iter().flat_map(|change| change.events.iter()) {
             match event {
                 Event::Task { old, new } => {
@@ -248,20 +265,21 @@ impl Delta {
                         .1
                         .clone_from(new);
                     for task in old.iter().chain(new) {
-                        endpoints.extend(networks_of(task).map(|n| (n, TaskId::from(&task.id))));
+                        networks_of(task).for_each(|n| touch(n, Row::Endpoint((&task.id).into())));
                     }
                 }
                 Event::Service { old, new } => {
                     for service in old.iter().chain(new) {
                         let spec = service.spec.as_ref().and_then(|spec| spec.task.as_ref());
-                        let on = spec.into_iter().flat_map(|spec| &spec.networks);
-                        let id = ServiceId::from(&service.id);
-                        services.extend(on.map(|n| (NetworkId::from(&n.target), id.clone())));
+                        for on in spec.into_iter().flat_map(|spec| &spec.networks) {
+                            touch((&on.target).into(), Row::Service((&service.id).into()));
+                        }
                     }
                 }
                 Event::Network { old, new } => {
-                    let of = old.iter().chain(new);
-                    networks.extend(of.map(|network| NetworkId::from(&network.id)));
+                    for network in old.iter().chain(new) {
+                        touch((&network.id).into(), Row::Network);
+                    }
                 }
                 Event::Node { old, new } => {
                     let vtep = |node: &swarm_proto::v1::Node| {
@@ -273,7 +291,7 @@ impl Delta {
                         continue;
                     }
                     for task in next.tasks_on_node(event.id()) {
-                        endpoints.extend(networks_of(task).map(|n| (n, TaskId::from(&task.id))));
+                        networks_of(task).for_each(|n| touch(n, Row::Endpoint((&task.id).into())));
                     }
                 }
                 Event::Cluster { .. } => {}
@@ -299,54 +317,19 @@ impl Delta {
                 }
             }
         }
-        let mut tables: BTreeMap<NetworkId, Vec<AssignmentChange>> = BTreeMap::new();
-        for id in networks {
-            if let Some(network) = next.network(&id)
-                && prior.network(&id).is_some_and(|before| before != network)
-            {
-                let network = change(Kind::Network((**network).clone()));
-                tables.entry(id).or_default().push(network);
+        let mut tables = BTreeMap::new();
+        rows.retain(|network, rows| {
+            let changes = table_changes(prior, &next, network, rows);
+            if !changes.is_empty() {
+                tables.insert(network.clone(), Shared::new(&changes));
             }
-        }
-        for (network_id, service_id) in services {
-            let after = service_at(&next, &network_id, &service_id);
-            if after == service_at(prior, &network_id, &service_id) {
-                continue;
-            }
-            let kind = after.map_or_else(
-                || {
-                    Kind::RemoveService(ServiceKey {
-                        network_id: network_id.to_string(),
-                        service_id: service_id.to_string(),
-                    })
-                },
-                Kind::Service,
-            );
-            tables.entry(network_id).or_default().push(change(kind));
-        }
-        for (network_id, task_id) in endpoints {
-            let after = endpoint_at(&next, &network_id, &task_id);
-            if after == endpoint_at(prior, &network_id, &task_id) {
-                continue;
-            }
-            let kind = after.map_or_else(
-                || {
-                    Kind::RemoveEndpoint(EndpointKey {
-                        network_id: network_id.to_string(),
-                        task_id: task_id.to_string(),
-                    })
-                },
-                Kind::Endpoint,
-            );
-            tables.entry(network_id).or_default().push(change(kind));
-        }
+            !changes.is_empty()
+        });
         Some(Self {
             next,
             tasks: by_node,
-            tables: tables
-                .into_iter()
-                .map(|(id, rows)| (id, Shared::new(&rows)))
-                .collect(),
+            tables,
+            rows,
         })
     }
 
@@ -365,6 +348,178 @@ impl Delta {
     pub fn networks(&self) -> impl Iterator<Item = &NetworkId> {
         self.tables.keys()
     }
+}
+
+/// What is different in some rows of the table of a network.
+fn table_changes(
+    prior: &State,
+    next: &State,
+    network: &NetworkId,
+    rows: &BTreeSet<Row>,
+) -> Vec<AssignmentChange> {
+    let changed = rows.iter().filter_map(|row| match row {
+        Row::Network => {
+            let (before, after) = (prior.network(network)?, next.network(network)?);
+            (before != after).then(|| Kind::Network((**after).clone()))
+        }
+        Row::Service(id) => {
+            let after = service_at(next, network, id);
+            let removed = || {
+                Kind::RemoveService(ServiceKey {
+                    network_id: network.to_string(),
+                    service_id: id.to_string(),
+                })
+            };
+            (after != service_at(prior, network, id))
+                .then(|| after.map_or_else(removed, Kind::Service))
+        }
+        Row::Endpoint(id) => {
+            let after = endpoint_at(next, network, id);
+            let removed = || {
+                Kind::RemoveEndpoint(EndpointKey {
+                    network_id: network.to_string(),
+                    task_id: id.to_string(),
+                })
+            };
+            (after != endpoint_at(prior, network, id))
+                .then(|| after.map_or_else(removed, Kind::Endpoint))
+        }
+    });
+    changed.map(change).collect()
+}
+
+// --- What was missed ----------------------------------------------------------------
+
+/// Which rows have changed of late, so that a node which was not told of some changes is told of them
+/// all at once: the work is that for its own tasks and networks, however much else has happened.
+#[derive(Debug)]
+pub struct Journal {
+    /// By the index of the state that a delta led to, rising.
+    entries: VecDeque<(u64, Rows)>,
+    /// Rows in them, and how many are kept.
+    rows: usize,
+    rows_max: usize,
+    /// All that has changed since this index is here.
+    since: u64,
+    /// Made for a node, and what others miss too; by the index from which on.
+    made: HashMap<(u64, NetworkId), Option<Shared>>,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self::with_room_for(JOURNAL_ROWS)
+    }
+}
+
+impl Journal {
+    /// Remembers so many rows.
+    #[must_use]
+    pub fn with_room_for(rows: usize) -> Self {
+        Self {
+            entries: VecDeque::new(),
+            rows: 0,
+            rows_max: rows,
+            since: 0,
+            made: HashMap::new(),
+        }
+    }
+
+    /// Every delta, one after the other.
+    pub fn push(&mut self, delta: &Delta) {
+        self.made.clear();
+        if delta.rows.is_empty() {
+            return;
+        }
+        self.rows += rows_in(&delta.rows);
+        self.entries
+            .push_back((delta.next.index(), delta.rows.clone()));
+        while self.rows > self.rows_max
+            && let Some((index, rows)) = self.entries.pop_front()
+        {
+            self.rows -= rows_in(&rows);
+            self.since = index;
+        }
+    }
+
+    /// What leads a node's set from an earlier state, which it is true of, to the newest one that was
+    /// pushed.
+    pub fn catch_up(&mut self, set: &AssignmentSet, before: &State, next: &Arc<State>) -> Delta {
+        let mut tasks = BTreeMap::new();
+        let own = own_changes(before, next, &set.node_id);
+        if !own.is_empty() {
+            tasks.insert(set.node_id.clone(), own);
+        }
+        let mut tables = BTreeMap::new();
+        for network in set.networks() {
+            let key = (before.index(), network.clone());
+            let rows = || self.rows_since(before, next, network);
+            let make = || {
+                let changes = table_changes(before, next, network, &rows());
+                (!changes.is_empty()).then(|| Shared::new(&changes))
+            };
+            let table = match self.made.get(&key) {
+                Some(made) => made.clone(),
+                None => {
+                    let made = make();
+                    self.made.insert(key, made.clone());
+                    made
+                }
+            };
+            if let Some(table) = table {
+                tables.insert(network.clone(), table);
+            }
+        }
+        Delta {
+            next: next.clone(),
+            tasks,
+            tables,
+            // Of one node: not for a journal.
+            rows: Rows::new(),
+        }
+    }
+
+    /// All rows of a network that may have changed since an earlier state.
+    fn rows_since(&self, before: &State, next: &State, network: &NetworkId) -> BTreeSet<Row> {
+        if before.index() < self.since {
+            let both = [before, next].into_iter();
+            return both.flat_map(|state| all_rows(state, network)).collect();
+        }
+        let missed = self.entries.iter().rev();
+        let missed = missed.take_while(|(index, _)| *index > before.index());
+        let missed = missed.filter_map(|(_, rows)| rows.get(network));
+        missed.flatten().cloned().collect()
+    }
+}
+
+fn rows_in(rows: &Rows) -> usize {
+    rows.values().map(BTreeSet::len).sum()
+}
+
+fn all_rows(state: &State, network: &NetworkId) -> impl Iterator<Item = Row> {
+    let services = state.services_on_network(network);
+    let endpoints = state.tasks_on_network(network);
+    std::iter::once(Row::Network)
+        .chain(services.map(|service| Row::Service((&service.id).into())))
+        .chain(endpoints.map(|task| Row::Endpoint((&task.id).into())))
+}
+
+/// How the tasks of one node differ.
+fn own_changes(before: &State, next: &State, node: &NodeId) -> Vec<TaskChange> {
+    let held = |state: &State, id: &TaskId| {
+        let task = state.task(id).filter(|task| task.node_id == **node);
+        task.filter(|task| is_assigned(task)).cloned()
+    };
+    let both = [before, next].into_iter();
+    let ids = both.flat_map(|state| state.tasks_on_node(node).map(|task| TaskId::from(&task.id)));
+    let ids: BTreeSet<TaskId> = ids.collect();
+    let changes = ids.iter().map(|id| (held(before, id), held(next, id)));
+    changes
+        .filter(|change| match change {
+            (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
+            (None, None) => false,
+            _ => true,
+        })
+        .collect()
 }
 
 /// What one node holds.

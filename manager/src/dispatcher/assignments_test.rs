@@ -16,7 +16,7 @@ use swarm_store::testing::{
 };
 use swarm_store::{Change, State, Store};
 
-use super::assignments::{Advance, AssignmentSet, Delta, Shared, Tables, messages};
+use super::assignments::{Advance, AssignmentSet, Delta, Journal, Shared, Tables, messages};
 
 /// What an agent holds, as the protocol describes it: by kind and key.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -261,6 +261,50 @@ proptest! {
             }
             prior = Arc::clone(delta.state());
             pending.clear();
+        }
+    }
+
+    #[test]
+    fn who_has_missed_some_deltas_is_told_of_all_at_once(
+        script in prop::collection::vec((prop::collection::vec(step(), 1..4), 0..8u8), 1..60),
+        room in prop::sample::select(&[0_usize, 3, 20, 1000][..]),
+    ) {
+        let store = Store::new(State::default());
+        let (mut prior, mut watch) = store.watch();
+        let mut agents: Vec<_> = nodes()
+            .into_iter()
+            .map(|id| (AssignmentSet::of(&prior, &id), prior.clone(), id, Held::default()))
+            .collect();
+        let mut tables = Tables::default();
+        let mut journal = Journal::with_room_for(room);
+        for (place, (steps, ready)) in script.into_iter().enumerate() {
+            let index = place as u64 + 1;
+            let state = store.state();
+            let actions = steps.iter().filter_map(|step| action(&state, step, index as i64));
+            // Whatever is refused changes nothing.
+            let _ = store.commit(index, &transaction(actions));
+            let Some(change) = watch.try_next().expect("not lagged") else {
+                continue;
+            };
+            let Some(delta) = Delta::new(&prior, &[change]) else {
+                continue;
+            };
+            tables.forget(&delta);
+            journal.push(&delta);
+            prior = Arc::clone(delta.state());
+            for (number, (set, before, id, held)) in agents.iter_mut().enumerate() {
+                // Each bit is a node that is ready.
+                if ready >> number & 1 == 0 {
+                    continue;
+                }
+                let missed = journal.catch_up(set, before, &prior);
+                held.follow(set.advance(&missed, &mut tables));
+                *before = prior.clone();
+                prop_assert_eq!(&*set, &AssignmentSet::of(&prior, id));
+                let mut complete = Held::default();
+                complete.follow(set.complete(&prior, &mut Tables::default()));
+                prop_assert_eq!(&held.essential(), &complete.essential());
+            }
         }
     }
 }

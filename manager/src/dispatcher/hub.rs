@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::assignments::{AssignmentSet, Delta, Shared, Tables};
+use super::assignments::{AssignmentSet, Delta, Journal, Shared, Tables};
 
 /// The one update on its way to a session, and acknowledgements of reports.
 const SESSION_QUEUE: usize = 32;
@@ -147,7 +147,7 @@ pub(super) fn hub(
         sessions: HashMap::new(),
         holders: HashMap::new(),
         tables: Tables::default(),
-        deltas: HashMap::new(),
+        journal: Journal::default(),
     };
     (
         Hub { commands },
@@ -171,7 +171,7 @@ async fn run(
             command = commands.recv() => match command {
                 Some(command) => {
                     registry.obey(command);
-                    // Those that are ready together mostly miss the same.
+                    // Those that are ready together often miss the same.
                     for _ in 1..BATCH {
                         match commands.try_recv() {
                             Ok(command) => registry.obey(command),
@@ -240,8 +240,8 @@ struct Registry {
     holders: HashMap<NetworkId, BTreeSet<NodeId>>,
     /// As they are in that state.
     tables: Tables,
-    /// What leads to that state, by the index of where it begins.
-    deltas: HashMap<u64, Arc<Delta>>,
+    /// What has led to that state.
+    journal: Journal,
 }
 
 struct Entry {
@@ -394,7 +394,7 @@ impl Registry {
         };
         let mut sent = 0;
         self.state = delta.state().clone();
-        self.deltas.clear();
+        self.journal.push(&delta);
         self.tables.forget(&delta);
         let mut concerned: BTreeSet<NodeId> = delta.nodes().cloned().collect();
         for network in delta.networks() {
@@ -425,19 +425,9 @@ impl Registry {
         if std::mem::take(&mut entry.uninformed) {
             self.tell(node_id);
         } else if let Some(before) = entry.behind.take() {
-            let delta = self.since(&before);
+            let delta = self.journal.catch_up(&entry.set, &before, &self.state);
             self.advance(node_id.clone(), &delta);
         }
-    }
-
-    /// What leads from an earlier state to the newest one.
-    fn since(&mut self, before: &State) -> Arc<Delta> {
-        let made = || {
-            let change = change_between(before, self.state.clone());
-            Arc::new(Delta::new(before, &[change]).expect("there is a change"))
-        };
-        let known = self.deltas.entry(before.index());
-        known.or_insert_with(made).clone()
     }
 
     /// Gives a session that is ready what a delta, which begins where its set is, means for it.
