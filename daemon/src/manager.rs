@@ -100,7 +100,7 @@ pub struct RunningManager {
     manager: Manager,
     cancel: CancellationToken,
     server: JoinHandle<()>,
-    /// Of raft's urgent connections.
+    /// Of the other managers' urgent connections.
     urgent_server: JoinHandle<()>,
     watching: JoinHandle<()>,
     telling: JoinHandle<()>,
@@ -151,9 +151,10 @@ impl RunningManager {
             routes.clone(),
             listener.incoming_with_urgent(urgent).boxed(),
         ));
-        // Heartbeats and entries are taken in where they are worked on, and wait for no session.
+        // Heartbeats and entries are taken in where they are worked on, and wait for no session; nor do the
+        // reports of live nodes, since a manager that is busy is no reason to take nodes for dead.
         let urgent_server = raft.runtime().spawn(serve(
-            Routes::new(raft.service()),
+            Routes::new(raft.service()).add_service(manager.liveness_service()),
             ReceiverStream::new(urgent_connections)
                 .map(Connection::move_here)
                 .boxed(),

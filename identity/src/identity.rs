@@ -31,10 +31,27 @@ use crate::verify;
 
 /// Connection and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A silent connection is probed this often, and given up after the timeout:
-/// a dead manager is left well within the time in which a node would be Down.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How a connection on which nothing is heard is probed.
+#[derive(Clone, Copy)]
+pub(crate) struct Probes {
+    /// After so long without a word,
+    interval: Duration,
+    /// and given up without an answer after so long.
+    timeout: Duration,
+}
+
+/// Somebody waits for an answer.
+pub(crate) const CALLS: Probes = Probes {
+    interval: Duration::from_secs(2),
+    timeout: Duration::from_secs(2),
+};
+/// An agent's session says something itself every second, so that the kernel sees when the manager's host
+/// is dead ([`UNACKNOWLEDGED_MAX`](crate::UNACKNOWLEDGED_MAX)). This is for a process that hangs. A manager has
+/// thousands of sessions, and a probe costs both sides as much as a heartbeat does.
+const SESSIONS: Probes = Probes {
+    interval: Duration::from_secs(5),
+    timeout: Duration::from_secs(5),
+};
 /// Room for a snapshot's pieces on a long line.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
@@ -244,7 +261,21 @@ impl Identity {
     pub fn channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
         let identity = Arc::clone(self);
         let net = Arc::clone(&self.net);
-        connect_lazy(net, addr, move || Arc::clone(&identity.live.load().client))
+        connect_lazy(net, addr, CALLS, move || {
+            Arc::clone(&identity.live.load().client)
+        })
+    }
+
+    /// The same, for an agent's session: it must send something every few seconds.
+    ///
+    /// # Errors
+    /// `addr` is not host:port.
+    pub fn session_channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
+        let identity = Arc::clone(self);
+        let net = Arc::clone(&self.net);
+        connect_lazy(net, addr, SESSIONS, move || {
+            Arc::clone(&identity.live.load().client)
+        })
     }
 
     /// The same, for what must not wait behind other work at the other side: see
@@ -255,7 +286,9 @@ impl Identity {
     pub fn urgent_channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
         let identity = Arc::clone(self);
         let net = Arc::clone(&self.net);
-        connect_lazy(net, addr, move || Arc::clone(&identity.live.load().urgent))
+        connect_lazy(net, addr, CALLS, move || {
+            Arc::clone(&identity.live.load().urgent)
+        })
     }
 
     /// TLS for the next connection that is accepted.
@@ -282,6 +315,7 @@ pub struct AddrError {
 pub(crate) fn connect_lazy(
     net: Arc<dyn Net>,
     addr: &str,
+    probes: Probes,
     config: impl Fn() -> Arc<ClientConfig> + Clone + Send + Sync + 'static,
 ) -> Result<Channel, AddrError> {
     let wrong = || AddrError {
@@ -294,8 +328,8 @@ pub(crate) fn connect_lazy(
     // The scheme is http because TLS is done by the connector.
     let endpoint = Endpoint::from_shared(format!("http://{addr}"))
         .map_err(|_| wrong())?
-        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .http2_keep_alive_interval(probes.interval)
+        .keep_alive_timeout(probes.timeout)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use crate::ca::{CaError, NewKey, RootDigest};
 use crate::cert::CertError;
 use crate::identity::{
-    AddrError, Identity, IdentityError, KeyMaterial, check, client_builder, connect_lazy,
+    AddrError, CALLS, Identity, IdentityError, KeyMaterial, check, client_builder, connect_lazy,
     finish_client, provider, root_store,
 };
 use crate::net::Net;
@@ -183,7 +183,7 @@ fn ca_client(
     config: ClientConfig,
 ) -> Result<CaClient<Channel>, JoinError> {
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(Arc::clone(net), addr, move || Arc::clone(&config))?;
+    let channel = connect_lazy(Arc::clone(net), addr, CALLS, move || Arc::clone(&config))?;
     Ok(CaClient::new(channel).max_decoding_message_size(ANSWER_MAX))
 }
 

@@ -32,7 +32,7 @@ pub use cert::{CertError, Leaf, Renewal, Validity};
 pub use identity::{AddrError, Identity, IdentityError, KeyMaterial};
 pub use join::{JoinError, fetch_root, request_certificate};
 pub use keystore::{DataKey, KeyStore, KeyStoreError, Stored};
-pub use net::{Net, Tcp};
+pub use net::{Net, Tcp, UNACKNOWLEDGED_MAX};
 pub use renew::{RenewError, keep_renewed, renew};
 pub use server::{Connection, Limits, Listener, LocalListener, grpc_server};
 pub use token::{JoinToken, TokenError, same_token};

@@ -9,9 +9,18 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+
+/// How long what was sent may wait until the other host's kernel has it. Then the connection is broken:
+/// the host is dead, or nothing reaches it. A process that is only slow is not concerned, since its kernel
+/// answers for it. With a heartbeat a second that is within the three seconds after which a node is Down, so
+/// agents of a dead manager are heard elsewhere in time.
+pub const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(2);
 
 /// One connection, either end.
 pub trait Stream: AsyncRead + AsyncWrite + fmt::Debug + Send + Unpin + Any {}
@@ -81,7 +90,7 @@ impl Tcp {
 impl Net for Tcp {
     async fn connect(&self, target: &str) -> io::Result<BoxStream> {
         let stream = TcpStream::connect(target).await?;
-        stream.set_nodelay(true)?;
+        prepare(&stream)?;
         Ok(Box::new(stream))
     }
 
@@ -99,11 +108,62 @@ impl Acceptor for TcpListener {
     async fn accept(&self) -> io::Result<(BoxStream, SocketAddr)> {
         loop {
             let (stream, peer) = Self::accept(self).await?;
-            match stream.set_nodelay(true) {
+            // When thousands come at once, those that have waited for too long have gone already. What is
+            // spent on them is missing for the next ones, until all have waited for too long.
+            if is_closed(&stream) {
+                tracing::debug!(%peer, "the caller has gone before it was its turn");
+                continue;
+            }
+            match prepare(&stream) {
                 Ok(()) => return Ok((Box::new(stream), peer)),
                 // This one connection is broken; the next need not be.
                 Err(error) => tracing::warn!(%peer, %error, "connection refused"),
             }
+        }
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let patience = u32::try_from(UNACKNOWLEDGED_MAX.as_millis()).unwrap_or(u32::MAX);
+    Ok(sockopt::set_tcp_user_timeout(stream, patience)?)
+}
+
+/// Whether the other end has closed the connection.
+fn is_closed(stream: &TcpStream) -> bool {
+    let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    let mut asked = [PollFd::new(stream, closed)];
+    let answered = poll(&mut asked, Some(&Timespec::default()));
+    answered.is_ok_and(|count| count > 0) && asked[0].revents().intersects(closed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_caller_that_has_gone_before_its_turn_costs_nothing() {
+        let listener = Tcp.listen("127.0.0.1:0").await.expect("a free port");
+        let addr = listener.local_addr().expect("bound").to_string();
+        for _ in 0..3 {
+            drop(Tcp.connect(&addr).await.expect("it listens"));
+        }
+        let stays = TcpStream::connect(&addr).await.expect("it listens");
+        let (_, peer) = listener.accept().await.expect("one stays");
+        assert_eq!(peer, stays.local_addr().expect("connected"));
+    }
+
+    #[tokio::test]
+    async fn both_ends_give_up_a_host_that_is_silent() {
+        let listener = Tcp.listen("127.0.0.1:0").await.expect("a free port");
+        let addr = listener.local_addr().expect("bound").to_string();
+        let near = Tcp.connect(&addr).await.expect("it listens");
+        let (far, _) = listener.accept().await.expect("it has asked");
+        for end in [near, far] {
+            let end: Box<dyn Any> = end;
+            let tcp = end.downcast::<TcpStream>().expect("the machine's own");
+            let patience = sockopt::tcp_user_timeout(&*tcp).expect("a TCP socket");
+            assert_eq!(u128::from(patience), UNACKNOWLEDGED_MAX.as_millis());
         }
     }
 }

@@ -24,7 +24,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Request, Response, Status};
 
 use super::*;
-use crate::identity::{client_builder, connect_lazy, finish_client, root_store};
+use crate::identity::{CALLS, client_builder, connect_lazy, finish_client, root_store};
 
 /// A CA that makes every caller a manager "n2", and counts how often it is asked.
 #[derive(Clone)]
@@ -171,7 +171,10 @@ async fn without_a_certificate_only_the_ca_answers() {
     let manager = manager().await;
     let config = client_of(&manager.root).with_no_client_auth();
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
+    let channel = connect_lazy(Tcp::shared(), &manager.addr, CALLS, move || {
+        Arc::clone(&config)
+    })
+    .unwrap();
     CaClient::new(channel.clone())
         .get_root_ca(GetRootCaRequest {})
         .await
@@ -193,7 +196,10 @@ async fn too_many_connections_without_a_certificate_are_refused() {
     let token = JoinToken::generate(&manager.root.digest());
     let config = client_of(&manager.root).with_no_client_auth();
     let config = Arc::new(finish_client(config));
-    let held = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
+    let held = connect_lazy(Tcp::shared(), &manager.addr, CALLS, move || {
+        Arc::clone(&config)
+    })
+    .unwrap();
     let mut held = CaClient::new(held);
     held.get_root_ca(GetRootCaRequest {}).await.unwrap();
 
@@ -245,7 +251,10 @@ async fn a_certificate_of_another_ca_is_refused_both_ways() {
         )
         .unwrap();
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(Tcp::shared(), &manager.addr, move || Arc::clone(&config)).unwrap();
+    let channel = connect_lazy(Tcp::shared(), &manager.addr, CALLS, move || {
+        Arc::clone(&config)
+    })
+    .unwrap();
     let refused = CaClient::new(channel)
         .get_root_ca(GetRootCaRequest {})
         .await;
@@ -524,7 +533,7 @@ async fn a_clock_that_is_behind_cuts_off_nobody() {
     );
     let config = client_of(&root).with_client_auth_cert(chain, key).unwrap();
     let config = Arc::new(finish_client(config));
-    let channel = connect_lazy(Tcp::shared(), &addr, move || Arc::clone(&config)).unwrap();
+    let channel = connect_lazy(Tcp::shared(), &addr, CALLS, move || Arc::clone(&config)).unwrap();
     LivenessClient::new(channel)
         .report(LivenessReport::default())
         .await

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use swarm_identity::Identity;
 use swarm_proto::NodeId;
 use swarm_proto::v1::ca_server::CaServer;
+use swarm_proto::v1::liveness_server::LivenessServer;
 use swarm_store::Consensus;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -28,7 +29,7 @@ use tonic::service::Routes;
 use crate::ca::CaService;
 use crate::clock::{Clock, system_clock};
 use crate::control::Control;
-use crate::dispatcher::{Connect, Dispatcher};
+use crate::dispatcher::{Connect, Dispatcher, Liveness};
 use crate::leader::{Leader, deciding_loops};
 
 /// A request for a certificate is small; whoever sends more has no certificate yet.
@@ -43,7 +44,7 @@ pub struct ManagerConfig {
     pub node_id: NodeId,
     /// Where it reads the time.
     pub clock: Clock,
-    /// How it reaches other managers.
+    /// How it tells the leader whom it hears: what waits there would be taken for silence.
     pub connect: Connect,
 }
 
@@ -64,7 +65,8 @@ impl ManagerConfig {
             node_id: identity.node_id(),
             clock: system_clock(),
             connect: Arc::new(move |addr| {
-                identity.channel(addr).map_err(|error| error.to_string())
+                let channel = identity.urgent_channel(addr);
+                channel.map_err(|error| error.to_string())
             }),
         }
     }
@@ -119,6 +121,12 @@ impl Manager {
     #[must_use]
     pub fn routes(&self) -> Routes {
         self.routes.clone()
+    }
+
+    /// What takes in the reports of live nodes, to be served also where nothing waits for other work.
+    #[must_use]
+    pub fn liveness_service(&self) -> LivenessServer<Liveness> {
+        self.dispatcher.liveness_service()
     }
 
     /// Whether no leader hears this manager: its agents are better off with another.

@@ -187,11 +187,17 @@ impl Tracker {
         let mut verdict = Verdict::default();
         let extra = std::mem::take(&mut self.extra);
         for node in state.nodes() {
-            let known = self.nodes.entry(NodeId::from(&node.id)).or_insert(Known {
-                at: now + extra,
-                seen: Seen::NotYet,
-                revision: 0,
-            });
+            if !self.nodes.contains_key(node.id.as_str()) {
+                let unheard = Known {
+                    at: now + extra,
+                    seen: Seen::NotYet,
+                    revision: 0,
+                };
+                self.nodes.insert(NodeId::from(&node.id), unheard);
+            }
+            let Some(known) = self.nodes.get_mut(node.id.as_str()) else {
+                continue;
+            };
             let stored = node
                 .status
                 .as_ref()

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::view::update;
 use crate::leader::{Fed, Feed, Group, LoopContext, sleep_until};
 
-/// A membership change that failed is tried again after this long, or when a node changes.
+/// A membership change that failed is tried again after this long, or when a role or a member changes.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// What one node's role needs next.
@@ -35,35 +35,35 @@ pub enum Step {
 /// The next step for each node whose role is not the one that is wanted.
 #[must_use]
 pub fn decide(state: &State, members: &[Member]) -> Vec<Step> {
-    let mut steps = Vec::new();
-    for node in state.nodes() {
-        let desired = node
-            .spec
-            .as_ref()
-            .map_or(node.role(), |spec| spec.desired_role());
-        if desired == NodeRole::Manager {
-            if node.role() != NodeRole::Manager {
-                steps.push(Step::Write(vec![update(object::Object::Node(Node {
-                    role: NodeRole::Manager.into(),
-                    ..(**node).clone()
-                }))]));
-            }
-            continue;
-        }
-        match members.iter().find(|member| *member.node_id == *node.id) {
-            Some(member) => steps.push(Step::RemoveMember {
-                node: member.node_id.clone(),
-                raft_id: member.raft_id,
-            }),
-            None if node.role() == NodeRole::Worker && node.manager_status.is_none() => {}
-            None => steps.push(Step::Write(vec![update(object::Object::Node(Node {
-                role: NodeRole::Worker.into(),
-                manager_status: None,
-                ..(**node).clone()
-            }))])),
-        }
+    let nodes = state.nodes();
+    nodes.filter_map(|node| step(node, members)).collect()
+}
+
+fn step(node: &Node, members: &[Member]) -> Option<Step> {
+    let desired = node
+        .spec
+        .as_ref()
+        .map_or(node.role(), |spec| spec.desired_role());
+    if desired == NodeRole::Manager {
+        let promoted = || Node {
+            role: NodeRole::Manager.into(),
+            ..node.clone()
+        };
+        return (node.role() != NodeRole::Manager)
+            .then(|| Step::Write(vec![update(object::Object::Node(promoted()))]));
     }
-    steps
+    match members.iter().find(|member| *member.node_id == *node.id) {
+        Some(member) => Some(Step::RemoveMember {
+            node: member.node_id.clone(),
+            raft_id: member.raft_id,
+        }),
+        None if node.role() == NodeRole::Worker && node.manager_status.is_none() => None,
+        None => Some(Step::Write(vec![update(object::Object::Node(Node {
+            role: NodeRole::Worker.into(),
+            manager_status: None,
+            ..node.clone()
+        }))])),
+    }
 }
 
 /// Follows desired roles until the term ends.
@@ -72,6 +72,7 @@ pub(crate) async fn run(context: LoopContext) {
     // Why a demotion waits, by node: said once, not at every try.
     let mut reasons: BTreeMap<NodeId, String> = BTreeMap::new();
     loop {
+        let members = context.consensus.members();
         let done = tokio::select! {
             () = context.cancel.cancelled() => return,
             done = pass(&context, &mut reasons) => done,
@@ -84,12 +85,17 @@ pub(crate) async fn run(context: LoopContext) {
                 fed = feed.next(&context) => fed,
             };
             match fed {
+                // Of thousands of nodes that change, hardly one changes its role.
                 Fed::Changes(changes) => {
-                    let of_node = |event: &Event| matches!(event, Event::Node { .. });
-                    if changes
-                        .iter()
-                        .any(|change| change.events.iter().any(of_node))
-                    {
+                    let now = context.consensus.members();
+                    let mut events = changes.iter().flat_map(|change| change.events.iter());
+                    let to_do = |event: &Event| match event {
+                        Event::Node { new, .. } => {
+                            new.as_ref().is_some_and(|node| step(node, &now).is_some())
+                        }
+                        _ => false,
+                    };
+                    if now != members || events.any(to_do) {
                         break;
                     }
                 }

@@ -1,8 +1,8 @@
 //! The network between hosts: streams of bytes, in order, with everything that TCP cannot hide.
 //!
 //! Delay with a long tail, loss (a retransmission's delay, as TCP shows it), one-way and two-way
-//! cuts (data waits and arrives after the cut, in order, or never), resets in mid-stream, a
-//! bandwidth, hosts that die with or without their kernel. A stream is two pipes; what is written
+//! cuts (data waits and arrives after the cut, in order, or never; its sender gives up as with
+//! TCP_USER_TIMEOUT), resets in mid-stream, a bandwidth, hosts that die with or without their kernel. A stream is two pipes; what is written
 //! goes on its way in segments, and each arrival is one event of the world.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -40,6 +40,20 @@ pub enum NetEvent {
     Answer { conn: usize, accepted: bool },
     /// One end hears that the connection is no more.
     Reset { conn: usize, side: usize },
+    /// The sender of a pipe has waited long enough for the kernel at the other end to have taken what
+    /// it knows as `stuck`.
+    GiveUp { pipe: usize, stuck: Stuck },
+}
+
+/// Why nobody has told the sender that its data has arrived.
+#[derive(Clone, Copy)]
+pub enum Stuck {
+    /// It has not: what was to arrive at this time is still on its way.
+    Data { at: u64 },
+    /// What tells it is lost.
+    Answers,
+    /// There is no kernel.
+    Dead,
 }
 
 /// How a line between two hosts is, one way.
@@ -282,7 +296,27 @@ impl World {
                 }
                 self.reset(conn, side);
             }
+            NetEvent::GiveUp { pipe, stuck } => {
+                let (from, to) = self.ends(pipe);
+                let still = match stuck {
+                    Stuck::Data { at } => {
+                        let front = self.fabric.pipes[pipe].flight.front();
+                        front.is_some_and(|(front, _)| *front == at)
+                    }
+                    Stuck::Answers => self.fabric.line(to, from).cut,
+                    Stuck::Dead => true,
+                };
+                if still {
+                    self.reset(pipe / 2, pipe % 2);
+                }
+            }
         }
+    }
+
+    fn may_give_up(&mut self, pipe: usize, stuck: Stuck) {
+        let patience = u64::try_from(swarm_identity::UNACKNOWLEDGED_MAX.as_nanos());
+        let at = self.now() + patience.unwrap_or(u64::MAX);
+        self.schedule(at, Event::Net(NetEvent::GiveUp { pipe, stuck }));
     }
 
     fn opened(&mut self, conn: usize) {
@@ -329,11 +363,12 @@ impl World {
         let (conn, from_side, to_side) = (pipe / 2, pipe % 2, 1 - pipe % 2);
         let (from, to) = self.ends(pipe);
         let now = self.now();
-        match self.fabric.pipes[pipe].flight.front() {
-            Some((at, _)) if *at <= now => {}
+        let at = match self.fabric.pipes[pipe].flight.front() {
+            Some((at, _)) if *at <= now => *at,
             _ => return,
-        }
+        };
         if self.fabric.line(from, to).cut {
+            self.may_give_up(pipe, Stuck::Data { at });
             return self.hold(from, to, NetEvent::Arrive { pipe });
         }
         if self.fabric.conns[conn].reset[to_side] {
@@ -345,8 +380,13 @@ impl World {
             if self.hosts[to].powered {
                 let side = from_side;
                 self.pass(to, from, NetEvent::Reset { conn, side });
+            } else {
+                self.may_give_up(pipe, Stuck::Dead);
             }
             return;
+        }
+        if self.fabric.line(to, from).cut {
+            self.may_give_up(pipe, Stuck::Answers);
         }
         let mut words = (0, 0);
         let mut waker = None;
