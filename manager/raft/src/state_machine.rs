@@ -1,7 +1,7 @@
 //! Applies committed entries to the [`Store`], in order; snapshots it and restores it.
 //!
-//! Apply touches memory only. Encoding and files are for other threads: a
-//! snapshot is built from a clone of the state, which costs nothing.
+//! Apply touches memory only. What takes long is for other threads, without raft's priority: large
+//! transactions, encoding, files. A snapshot is built from a clone of the state, which costs nothing.
 
 use std::io;
 use std::sync::Arc;
@@ -19,8 +19,13 @@ use tokio::sync::watch;
 use crate::disk::entry_size;
 use crate::error::{FatalReporter, chain};
 use crate::snapshot::Snapshots;
-use crate::types::{LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::types::{Command, LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::weight::Scales;
+
+/// Encoded bytes of a transaction that is applied on raft's own threads: a handful of actions, in less time than
+/// another thread needs to wake. A thousand tasks on those threads, which go before all others, leave agents
+/// unheard.
+const APPLY_HERE_MAX: usize = 8 << 10;
 
 /// Holds what is applied, and where in the log that is.
 pub struct StateMachine {
@@ -77,6 +82,26 @@ impl StateMachine {
     pub(crate) fn applied(&self) -> watch::Receiver<Option<LogId>> {
         self.applied.subscribe()
     }
+
+    async fn commit(&self, index: u64, command: &Command) -> io::Result<Outcome> {
+        let (store, entry) = (Arc::clone(&self.store), command.clone());
+        let work = move || {
+            let transaction = entry.transaction()?;
+            Ok(Outcome(store.commit(index, &transaction)))
+        };
+        let committed = if command.size() > APPLY_HERE_MAX {
+            let done = self.blocking.run(async move { work() });
+            done.await.map_err(io::Error::other)?
+        } else {
+            work()
+        };
+        committed.map_err(|error: prost::DecodeError| {
+            let reason = format!("entry {index}: {error}");
+            self.fatal
+                .report("decoding the raft log", self.snapshots.dir(), &reason);
+            io::Error::new(io::ErrorKind::InvalidData, reason)
+        })
+    }
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
@@ -96,15 +121,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let id = entry.log_id();
             let before = self.store.changes();
             let outcome = match &entry.payload {
-                EntryPayload::Normal(command) => {
-                    let transaction = command.transaction().map_err(|error| {
-                        let reason = format!("entry {}: {error}", id.index);
-                        self.fatal
-                            .report("decoding the raft log", self.snapshots.dir(), &reason);
-                        io::Error::new(io::ErrorKind::InvalidData, reason)
-                    })?;
-                    Outcome(self.store.commit(id.index, &transaction))
-                }
+                EntryPayload::Normal(command) => self.commit(id.index, command).await?,
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(id), membership.clone());
                     self.store.advance(id.index);

@@ -17,7 +17,7 @@ use futures::future::BoxFuture;
 use futures::{Stream, TryStreamExt as _};
 use prost::Message as _;
 use swarm_identity::Caller;
-use swarm_proto::defaults::REPORTS_AHEAD;
+use swarm_proto::defaults::{HEARTBEATS_MISSED, REPORTS_AHEAD};
 use swarm_proto::task_state::{OWNERS, Owner};
 use swarm_proto::v1::{
     AgentMessage, AssignmentsType, ManagerMessage, NodeDescription, NodeObservation, NodeStatus,
@@ -27,6 +27,7 @@ use swarm_proto::v1::{
 use swarm_proto::{NodeId, SessionId};
 use swarm_store::{Consensus, ReadError, State};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -45,6 +46,10 @@ const OUTBOUND: usize = 2;
 const STATUS_MAX: usize = 16 << 10;
 /// Encoded bytes of a node's description.
 const DESCRIPTION_MAX: usize = 256 << 10;
+/// A timer that is late by this part of a heartbeat's period is that of a busy manager, where what agents
+/// have said waits as well. That is no agent's silence, for so many periods in a row.
+const BUSY: f64 = 0.1;
+const UNHEARD_MAX: u32 = 3;
 /// Actions of one report in one transaction.
 const REPORT_ACTIONS: usize = 500;
 
@@ -257,13 +262,15 @@ impl Session {
         let mut revision = 0;
         let mut waiting: VecDeque<agent_message::Message> = VecDeque::new();
         let mut taking: Option<Taking<'_>> = None;
+        let mut silence = Silence::default();
         loop {
             if taking.is_none()
                 && let Some(message) = waiting.pop_front()
             {
                 taking = Some(Box::pin(self.take(message, queue)));
             }
-            let patience = grace(heartbeat_period(&self.store_state()));
+            let period = heartbeat_period(&self.store_state());
+            let due = Instant::now() + period;
             // One that sends more than it may waits.
             let room = waiting.len() < REPORTS_AHEAD;
             // What has arrived is read before time is looked at.
@@ -277,8 +284,16 @@ impl Session {
                     }
                 }
                 message = inbound.message(), if room => message,
-                () = tokio::time::sleep(patience), if room => return silent(patience),
+                () = tokio::time::sleep_until(due), if room => match silence.missed(due.elapsed(), period) {
+                    Missed::Wait => continue,
+                    Missed::Unheard => {
+                        self.sessions.liveness.heard(&self.node_id, revision);
+                        continue;
+                    }
+                    Missed::Silent => return silent(grace(period)),
+                }
             };
+            silence = Silence::default();
             let message = match message {
                 Ok(Some(message)) => message.message,
                 Ok(None) => return Status::cancelled("the agent has ended the session"),
@@ -462,6 +477,39 @@ impl Session {
     }
 }
 
+/// How long nothing has been heard of an agent.
+#[derive(Debug, Default)]
+struct Silence {
+    /// Periods without a word, one after the other,
+    missed: u32,
+    /// and those in which this manager did not get to listen.
+    unheard: u32,
+}
+
+#[derive(Debug, PartialEq)]
+enum Missed {
+    Wait,
+    /// It may have said something that this manager was too busy to read: it counts as heard.
+    Unheard,
+    Silent,
+}
+
+impl Silence {
+    /// A period is over, and was seen to be so late.
+    fn missed(&mut self, late: Duration, period: Duration) -> Missed {
+        if late > period.mul_f64(BUSY) && self.unheard < UNHEARD_MAX {
+            self.unheard += 1;
+            self.missed = 0;
+            return Missed::Unheard;
+        }
+        self.missed += 1;
+        match self.missed < HEARTBEATS_MISSED {
+            true => Missed::Wait,
+            false => Missed::Silent,
+        }
+    }
+}
+
 async fn done(taking: &mut Option<Taking<'_>>) -> Result<(), Status> {
     match taking {
         Some(taking) => taking.await,
@@ -478,5 +526,32 @@ fn cut(text: &mut String, max: usize) {
     if text.len() > max {
         let end = (0..=max).rev().find(|&at| text.is_char_boundary(at));
         text.truncate(end.unwrap_or(0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PERIOD: Duration = Duration::from_secs(1);
+    const ON_TIME: Duration = Duration::from_millis(2);
+    const LATE: Duration = Duration::from_millis(300);
+
+    #[test]
+    fn an_agent_that_misses_three_heartbeats_is_silent() {
+        let mut silence = Silence::default();
+        let seen = [(); 3].map(|()| silence.missed(ON_TIME, PERIOD));
+        assert_eq!(seen, [Missed::Wait, Missed::Wait, Missed::Silent]);
+    }
+
+    #[test]
+    fn what_a_busy_manager_does_not_read_is_nobodys_silence_for_a_while() {
+        let mut silence = Silence::default();
+        assert_eq!(silence.missed(ON_TIME, PERIOD), Missed::Wait);
+        let seen = [(); 3].map(|()| silence.missed(LATE, PERIOD));
+        assert_eq!(seen, [Missed::Unheard, Missed::Unheard, Missed::Unheard]);
+        // An agent that is dead is seen to be so by a manager that is always busy, too.
+        let seen = [(); 3].map(|()| silence.missed(LATE, PERIOD));
+        assert_eq!(seen, [Missed::Wait, Missed::Wait, Missed::Silent]);
     }
 }
