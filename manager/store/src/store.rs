@@ -84,16 +84,17 @@ struct Recent {
 }
 
 impl Recent {
-    fn push(&mut self, change: Change) {
+    /// Remembers a change. Returns what is forgotten for it: giving that memory back can take long.
+    fn push(&mut self, change: Change) -> impl Sized + use<> {
         self.events += change.events.len();
         self.changes.push_back(Remembered {
             index: change.index,
             events: change.events,
             state: Some(change.state),
         });
-        if let Some(outdated) = self.changes.len().checked_sub(REMEMBERED_STATES + 1) {
-            self.changes[outdated].state = None;
-        }
+        let outdated = self.changes.len().checked_sub(REMEMBERED_STATES + 1);
+        let state = outdated.and_then(|outdated| self.changes[outdated].state.take());
+        let mut forgotten = Vec::new();
         while self.changes.len() > REMEMBERED_CHANGES
             || (self.events > REMEMBERED_EVENTS && self.changes.len() > 1)
         {
@@ -102,7 +103,9 @@ impl Recent {
             };
             self.events -= oldest.events.len();
             self.forgotten = oldest.index;
+            forgotten.push(oldest);
         }
+        (state, forgotten)
     }
 
     /// The first change after `index`.
@@ -200,14 +203,22 @@ impl Store {
                 let state = Arc::new(applied.state);
                 let changes = applied.events.len() as u64;
                 self.changes.fetch_add(changes, Ordering::Relaxed);
-                if !applied.events.is_empty() {
-                    self.recent.lock().push(Change {
-                        index,
-                        events: applied.events.into(),
-                        state: state.clone(),
-                    });
+                if applied.events.is_empty() {
+                    self.newest.send_replace(state);
+                    return Ok(());
                 }
-                self.newest.send_replace(state);
+                let change = Change {
+                    index,
+                    events: applied.events.into(),
+                    state: state.clone(),
+                };
+                let mut recent = self.recent.lock();
+                let forgotten = recent.push(change);
+                // Before anybody can see the change: who is told of it decides from the newest state,
+                // and would not be told again.
+                let before = self.newest.send_replace(state);
+                drop(recent);
+                drop((forgotten, before));
                 Ok(())
             }
             Err(rejection) => {
@@ -227,12 +238,10 @@ impl Store {
 
     /// Replaces everything (a snapshot was installed): watchers see `Lagged`.
     pub fn replace(&self, state: State) {
-        {
-            let mut recent = self.recent.lock();
-            recent.changes.clear();
-            recent.events = 0;
-            recent.forgotten = state.index();
-        }
+        let mut recent = self.recent.lock();
+        recent.changes.clear();
+        recent.events = 0;
+        recent.forgotten = state.index();
         self.newest.send_replace(Arc::new(state));
     }
 }
@@ -316,6 +325,23 @@ mod tests {
         assert!(watch.try_next().expect("not lagged").is_none());
         drop(store);
         assert_eq!(watch.next().await.unwrap_err(), WatchError::Closed);
+    }
+
+    #[test]
+    fn who_has_seen_a_change_sees_it_in_the_state() {
+        const COMMITS: u64 = 3000;
+        let store = store();
+        let (_, mut watch) = store.watch();
+        let writer = store.clone();
+        let writer =
+            std::thread::spawn(move || (1..=COMMITS).for_each(|index| add(&writer, index)));
+        while watch.after() < COMMITS {
+            while let Some(change) = watch.try_next().expect("all are remembered") {
+                let state = store.state();
+                assert!(state.node(change.events[0].id()).is_some());
+            }
+        }
+        writer.join().expect("no panic");
     }
 
     #[tokio::test]
