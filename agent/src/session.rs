@@ -62,7 +62,7 @@ const BEAT: f64 = 0.9;
 /// More managers than this are not remembered.
 const MANAGERS_MAX: usize = 64;
 
-/// Makes connections to managers. They must notice a dead peer by themselves (HTTP/2 keep-alive).
+/// Makes connections to managers. They must notice by themselves that the other end is dead or hangs.
 pub trait Connector: Send + Sync + 'static {
     /// A connection to the manager at `addr` (host:port); may be made when it is first used.
     ///

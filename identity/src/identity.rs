@@ -259,11 +259,7 @@ impl Identity {
     /// # Errors
     /// `addr` is not host:port.
     pub fn channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
-        let identity = Arc::clone(self);
-        let net = Arc::clone(&self.net);
-        connect_lazy(net, addr, CALLS, move || {
-            Arc::clone(&identity.live.load().client)
-        })
+        self.connect(addr, CALLS, |live| &live.client)
     }
 
     /// The same, for an agent's session: it must send something every few seconds.
@@ -271,11 +267,7 @@ impl Identity {
     /// # Errors
     /// `addr` is not host:port.
     pub fn session_channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
-        let identity = Arc::clone(self);
-        let net = Arc::clone(&self.net);
-        connect_lazy(net, addr, SESSIONS, move || {
-            Arc::clone(&identity.live.load().client)
-        })
+        self.connect(addr, SESSIONS, |live| &live.client)
     }
 
     /// The same, for what must not wait behind other work at the other side: see
@@ -284,10 +276,19 @@ impl Identity {
     /// # Errors
     /// `addr` is not host:port.
     pub fn urgent_channel(self: &Arc<Self>, addr: &str) -> Result<Channel, AddrError> {
+        self.connect(addr, CALLS, |live| &live.urgent)
+    }
+
+    /// With the configuration that is in use whenever a connection is made.
+    fn connect(
+        self: &Arc<Self>,
+        addr: &str,
+        probes: Probes,
+        config: fn(&Live) -> &Arc<ClientConfig>,
+    ) -> Result<Channel, AddrError> {
         let identity = Arc::clone(self);
-        let net = Arc::clone(&self.net);
-        connect_lazy(net, addr, CALLS, move || {
-            Arc::clone(&identity.live.load().urgent)
+        connect_lazy(Arc::clone(&self.net), addr, probes, move || {
+            Arc::clone(config(&identity.live.load()))
         })
     }
 

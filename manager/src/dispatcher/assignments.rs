@@ -362,30 +362,40 @@ fn table_changes(
             let (before, after) = (prior.network(network)?, next.network(network)?);
             (before != after).then(|| Kind::Network((**after).clone()))
         }
-        Row::Service(id) => {
-            let after = service_at(next, network, id);
-            let removed = || {
+        Row::Service(id) => row_change(
+            service_at(prior, network, id),
+            service_at(next, network, id),
+            Kind::Service,
+            || {
                 Kind::RemoveService(ServiceKey {
                     network_id: network.to_string(),
                     service_id: id.to_string(),
                 })
-            };
-            (after != service_at(prior, network, id))
-                .then(|| after.map_or_else(removed, Kind::Service))
-        }
-        Row::Endpoint(id) => {
-            let after = endpoint_at(next, network, id);
-            let removed = || {
+            },
+        ),
+        Row::Endpoint(id) => row_change(
+            endpoint_at(prior, network, id),
+            endpoint_at(next, network, id),
+            Kind::Endpoint,
+            || {
                 Kind::RemoveEndpoint(EndpointKey {
                     network_id: network.to_string(),
                     task_id: id.to_string(),
                 })
-            };
-            (after != endpoint_at(prior, network, id))
-                .then(|| after.map_or_else(removed, Kind::Endpoint))
-        }
+            },
+        ),
     });
     changed.map(change).collect()
+}
+
+/// What makes one row of the other, if they differ.
+fn row_change<R: PartialEq>(
+    before: Option<R>,
+    after: Option<R>,
+    is: fn(R) -> Kind,
+    is_gone: impl FnOnce() -> Kind,
+) -> Option<Kind> {
+    (before != after).then(|| after.map_or_else(is_gone, is))
 }
 
 // --- What was missed ----------------------------------------------------------------

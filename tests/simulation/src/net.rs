@@ -2,8 +2,9 @@
 //!
 //! Delay with a long tail, loss (a retransmission's delay, as TCP shows it), one-way and two-way
 //! cuts (data waits and arrives after the cut, in order, or never; its sender gives up as with
-//! TCP_USER_TIMEOUT), resets in mid-stream, a bandwidth, hosts that die with or without their kernel. A stream is two pipes; what is written
-//! goes on its way in segments, and each arrival is one event of the world.
+//! TCP_USER_TIMEOUT), resets in mid-stream, a bandwidth, hosts that die with or without their
+//! kernel. A stream is two pipes; what is written goes on its way in segments, and each arrival is
+//! one event of the world.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
