@@ -15,7 +15,7 @@ use rustls::client::{Resumption, WantsClientCert};
 use rustls::server::NoServerSessionStorage;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::ServerName;
-use swarm_proto::defaults::ROLE_MANAGER;
+use swarm_proto::defaults::{ROLE_MANAGER, SESSION_PROBE_INTERVAL, SESSION_PROBE_TIMEOUT};
 use swarm_proto::v1::NodeRole;
 use swarm_proto::{ClusterId, NodeId};
 use tokio::sync::watch;
@@ -45,12 +45,10 @@ pub(crate) const CALLS: Probes = Probes {
     interval: Duration::from_secs(2),
     timeout: Duration::from_secs(2),
 };
-/// An agent's session says something itself every second, so that the kernel sees when the manager's host
-/// is dead ([`UNACKNOWLEDGED_MAX`](crate::UNACKNOWLEDGED_MAX)). This is for a process that hangs. A manager has
-/// thousands of sessions, and a probe costs both sides as much as a heartbeat does.
+/// An agent's session, whose manager may hang.
 const SESSIONS: Probes = Probes {
-    interval: Duration::from_secs(5),
-    timeout: Duration::from_secs(5),
+    interval: SESSION_PROBE_INTERVAL,
+    timeout: SESSION_PROBE_TIMEOUT,
 };
 /// Room for a snapshot's pieces on a long line.
 const STREAM_WINDOW: u32 = 2 << 20;

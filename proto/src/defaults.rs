@@ -14,6 +14,11 @@ pub const HEARTBEATS_MISSED: u32 = 3;
 /// Reports of an agent that may be on their way: what happens meanwhile goes together into the next
 /// one. A manager reads no more of an agent that has more of them waiting.
 pub const REPORTS_AHEAD: usize = 4;
+/// An agent asks the manager of its session for a sign of life after so long without a word,
+pub const SESSION_PROBE_INTERVAL: Duration = Duration::from_secs(2);
+/// and looks for another one when there is none for so long. That is for a process that hangs; a dead
+/// host is told sooner by the kernel. The leader gives nodes that much longer whose manager has gone silent.
+pub const SESSION_PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// An agent without a session tries managers at least this often. A leader that comes after a time
 /// without one waits for that before it takes silence for death.
 pub const SESSION_BACKOFF_MAX: Duration = Duration::from_secs(8);

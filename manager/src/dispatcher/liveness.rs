@@ -4,7 +4,8 @@
 //! once per heartbeat period, and at once when a session opens or a node says
 //! goodbye. One whose reports do not arrive says so to its agents, which then look for
 //! a manager that is heard. The leader marks a node DOWN that nobody has heard for a grace
-//! period, and READY again when it is heard. [`Tracker`] decides, on a monotonic
+//! period, and READY again when it is heard. Where the manager has gone silent that heard a node last,
+//! the node may live, and gets as long as agents need to go elsewhere. [`Tracker`] decides, on a monotonic
 //! clock that is handed in; the loops here only carry messages and proposals.
 //! Sessions, tasks and tables are never touched from here.
 
@@ -15,7 +16,10 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use swarm_identity::{Caller, PeerIdentity};
 use swarm_proto::NodeId;
-use swarm_proto::defaults::{HEARTBEAT, HEARTBEATS_MISSED, SESSION_BACKOFF_MAX};
+use swarm_proto::defaults::{
+    HEARTBEAT, HEARTBEATS_MISSED, SESSION_BACKOFF_MAX, SESSION_PROBE_INTERVAL,
+    SESSION_PROBE_TIMEOUT,
+};
 use swarm_proto::v1::liveness_client::LivenessClient;
 use swarm_proto::v1::liveness_server;
 use swarm_proto::v1::{
@@ -47,6 +51,8 @@ const REPORT_AGAIN: f64 = 0.25;
 const REPORT_MAX: usize = 100_000;
 /// What is urgent is reported with whatever follows it within this time.
 const TOGETHER: Duration = Duration::from_millis(5);
+/// What an agent needs to register with another manager, and that one to report it.
+const REGISTERED: Duration = Duration::from_millis(250);
 /// What a node is told in its status when nobody hears it.
 const SILENT: &str = "heartbeat failure";
 /// What it is told when it has said goodbye.
@@ -90,22 +96,33 @@ pub fn grace(period: Duration) -> Duration {
     period * HEARTBEATS_MISSED
 }
 
+/// How much longer one does whose manager has gone silent with it: until its agent has noticed and is
+/// heard by another manager. What that manager heard last may be a period old when it was reported.
+fn elsewhere(period: Duration) -> Duration {
+    let noticed = SESSION_PROBE_INTERVAL + SESSION_PROBE_TIMEOUT;
+    (noticed + REGISTERED).saturating_sub(grace(period) - period)
+}
+
 // --- The leader's decision ----------------------------------------------------------
 
 /// When each node was last heard. Decides who is up and who is down.
 #[derive(Debug, Default)]
 pub struct Tracker {
     nodes: HashMap<NodeId, Known>,
+    /// When each manager has reported last, or was first looked for.
+    managers: BTreeMap<NodeId, Instant>,
     /// When the leader meant to look again, at the latest.
     due: Option<Instant>,
     /// What the nodes that are there when this leader begins are given beyond a grace period.
     extra: Duration,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Known {
     /// Last heard, or first looked for.
     at: Instant,
+    /// The manager that has heard it last.
+    by: Option<NodeId>,
     seen: Seen,
     revision: u64,
 }
@@ -143,11 +160,17 @@ impl Tracker {
         }
     }
 
-    /// A manager has heard the node. Returns whether that is news: it was not
+    /// A manager has reported.
+    pub fn reported(&mut self, manager: NodeId, now: Instant) {
+        self.managers.insert(manager, now);
+    }
+
+    /// The manager `by` has heard the node. Returns whether that is news: it was not
     /// heard before, or had left.
-    pub fn heard(&mut self, node: NodeId, revision: u64, now: Instant) -> bool {
+    pub fn heard(&mut self, node: NodeId, revision: u64, by: &NodeId, now: Instant) -> bool {
         let known = Known {
             at: now,
+            by: Some(by.clone()),
             seen: Seen::Heard,
             revision,
         };
@@ -160,6 +183,7 @@ impl Tracker {
         let revision = self.revision(&node);
         let known = Known {
             at: now,
+            by: None,
             seen: Seen::Left,
             revision,
         };
@@ -182,14 +206,17 @@ impl Tracker {
         let late = self.due.and_then(|due| now.checked_duration_since(due));
         if late.is_some_and(|late| late > period) {
             self.nodes.values_mut().for_each(|known| known.at = now);
+            self.managers.values_mut().for_each(|at| *at = now);
         }
         self.nodes.retain(|id, _| state.node(id).is_some());
+        let silent = self.silent_managers(state, period, now);
         let mut verdict = Verdict::default();
         let extra = std::mem::take(&mut self.extra);
         for node in state.nodes() {
             if !self.nodes.contains_key(node.id.as_str()) {
                 let unheard = Known {
                     at: now + extra,
+                    by: None,
                     seen: Seen::NotYet,
                     revision: 0,
                 };
@@ -202,7 +229,14 @@ impl Tracker {
                 .status
                 .as_ref()
                 .map_or(NodeState::Unknown, NodeStatus::state);
-            let silent_at = known.at + grace;
+            // One that is a manager itself has gone silent as that.
+            let with_it = silent.iter().any(|manager| {
+                **manager != *node.id && known.by.as_ref().is_none_or(|by| by == manager)
+            });
+            let silent_at = match with_it {
+                true => known.at + grace + elsewhere(period),
+                false => known.at + grace,
+            };
             let (wanted, message) = match known.seen {
                 Seen::Left => (NodeState::Down, LEFT),
                 _ if silent_at <= now => (NodeState::Down, SILENT),
@@ -231,6 +265,26 @@ impl Tracker {
         }
         self.due = verdict.next;
         verdict
+    }
+
+    /// The managers whose agents are better off elsewhere: they have not reported for so long
+    /// that they say so themselves, if they can.
+    fn silent_managers(&mut self, state: &State, period: Duration, now: Instant) -> Vec<NodeId> {
+        let is_manager = |id: &str| {
+            state
+                .node(id)
+                .is_some_and(|node| node.manager_status.is_some())
+        };
+        self.managers.retain(|id, _| is_manager(id));
+        for node in state.nodes().filter(|node| node.manager_status.is_some()) {
+            self.managers.entry(NodeId::from(&node.id)).or_insert(now);
+        }
+        let patience = period.mul_f64(LEADERLESS_AFTER);
+        let silent = self
+            .managers
+            .iter()
+            .filter(|(_, at)| now >= **at + patience);
+        silent.map(|(id, _)| id.clone()).collect()
     }
 }
 
@@ -398,8 +452,8 @@ impl Liveness {
         self.shared.newer.notified().await;
     }
 
-    /// Takes in a report; false when this manager does not lead.
-    fn receive(&self, report: LivenessReport) -> bool {
+    /// Takes in a report of the manager `by`; false when this manager does not lead.
+    fn receive(&self, report: LivenessReport, by: &NodeId) -> bool {
         let now = now();
         let mut news = !report.left.is_empty();
         let mut newer = false;
@@ -408,11 +462,12 @@ impl Liveness {
             let Some(tracker) = tracker.as_mut() else {
                 return false;
             };
+            tracker.reported(by.clone(), now);
             let mut revisions = report.revisions.into_iter();
             for node in report.node_ids {
                 let revision = revisions.next().unwrap_or(0);
                 newer |= revision > tracker.revision(&node);
-                news |= tracker.heard(node.into(), revision, now);
+                news |= tracker.heard(node.into(), revision, by, now);
             }
             for node in report.left {
                 tracker.left(node.into(), now);
@@ -527,7 +582,7 @@ impl Liveness {
     ) -> Result<bool, Unsent> {
         let now = leadership.borrow().clone();
         if now.is_leader {
-            return match self.receive(report) {
+            return match self.receive(report, &self.shared.node_id) {
                 true => Ok(true),
                 false => Err(Unsent::later("this manager begins to lead")),
             };
@@ -666,7 +721,7 @@ impl liveness_server::Liveness for Liveness {
         if report.node_ids.len().max(report.left.len()) > REPORT_MAX {
             return Err(Status::invalid_argument("the report names too many nodes"));
         }
-        match self.receive(report) {
+        match self.receive(report, &peer.node_id) {
             true => Ok(Response::new(LivenessAck {})),
             false => Err(Status::unavailable("this manager does not lead")),
         }
@@ -688,6 +743,11 @@ mod tests {
             .apply(1, &transaction(made))
             .expect("valid")
             .state
+    }
+
+    /// A manager that nobody asks for.
+    fn by() -> NodeId {
+        NodeId::from("m")
     }
 
     fn after(state: &State, verdict: &Verdict) -> State {
@@ -721,15 +781,18 @@ mod tests {
         let verdict = tracker.judge(&state, start);
         assert_eq!(verdict.observations, []);
         assert_eq!(verdict.next, Some(start + 3 * SECOND));
-        assert!(tracker.heard("a".into(), 7, start + SECOND));
+        assert!(tracker.heard("a".into(), 7, &by(), start + SECOND));
         let verdict = tracker.judge(&state, start + 3 * SECOND);
         assert_eq!(changes(&verdict), [("b", NodeState::Down, SILENT)]);
         assert_eq!(verdict.next, Some(start + 4 * SECOND));
         assert_eq!(tracker.revision("a"), 7);
         let state = after(&state, &verdict);
         assert_eq!(tracker.judge(&state, start + 3 * SECOND).observations, []);
-        assert!(tracker.heard("b".into(), 0, start + 4 * SECOND), "news");
-        assert!(!tracker.heard("a".into(), 0, start + 4 * SECOND));
+        assert!(
+            tracker.heard("b".into(), 0, &by(), start + 4 * SECOND),
+            "news"
+        );
+        assert!(!tracker.heard("a".into(), 0, &by(), start + 4 * SECOND));
         let verdict = tracker.judge(&state, start + 4 * SECOND);
         assert_eq!(changes(&verdict), [("b", NodeState::Ready, "")]);
     }
@@ -739,13 +802,13 @@ mod tests {
         let state = cluster_of(&["a"]);
         let start = Instant::now();
         let mut tracker = Tracker::default();
-        tracker.heard("a".into(), 0, start);
+        tracker.heard("a".into(), 0, &by(), start);
         assert_eq!(tracker.judge(&state, start).observations, []);
         tracker.left("a".into(), start);
         let verdict = tracker.judge(&state, start);
         assert_eq!(changes(&verdict), [("a", NodeState::Down, LEFT)]);
         assert!(
-            tracker.heard("a".into(), 0, start),
+            tracker.heard("a".into(), 0, &by(), start),
             "it is back: that is news"
         );
     }
@@ -811,13 +874,102 @@ mod tests {
         let state = cluster_of(&["a"]);
         let start = Instant::now();
         let mut tracker = Tracker::default();
-        tracker.heard("a".into(), 0, start);
+        tracker.heard("a".into(), 0, &by(), start);
         tracker.judge(&state, start);
         let verdict = tracker.judge(&state, start + 60 * SECOND);
         assert_eq!(verdict.observations, []);
         assert_eq!(verdict.next, Some(start + 63 * SECOND));
         let verdict = tracker.judge(&state, start + 63 * SECOND);
         assert_eq!(changes(&verdict), [("a", NodeState::Down, SILENT)]);
+    }
+
+    /// Three managers' nodes and two others.
+    fn managers_and_workers() -> State {
+        let made = ["m1", "m2", "m3"].map(|id| create(manager(id)));
+        let workers = ["w1", "w2"].map(|id| create(node(id, "192.0.2.1")));
+        let all = transaction(made.into_iter().chain(workers));
+        State::default().apply(1, &all).expect("valid").state
+    }
+
+    fn manager(id: &str) -> swarm_proto::v1::Node {
+        let mut made = node(id, "192.0.2.1");
+        made.manager_status = Some(swarm_proto::v1::ManagerStatus::default());
+        made
+    }
+
+    /// The manager reports having heard nodes.
+    fn report(tracker: &mut Tracker, by: &str, nodes: &[&str], now: Instant) {
+        tracker.reported(by.into(), now);
+        for node in nodes {
+            tracker.heard((*node).into(), 0, &by.into(), now);
+        }
+    }
+
+    #[test]
+    fn agents_of_a_manager_that_hangs_get_the_time_to_go_elsewhere() {
+        let mut state = managers_and_workers();
+        let hung = Instant::now();
+        let mut tracker = Tracker::default();
+        tracker.judge(&state, hung);
+        report(&mut tracker, "m1", &["m1", "m2", "m3", "w2"], hung);
+        report(&mut tracker, "m3", &["m1"], hung);
+        report(&mut tracker, "m2", &["w1", "m2"], hung);
+        let mut down = BTreeMap::new();
+        for tenth in 0..100 {
+            let now = hung + SECOND.mul_f64(0.1) * tenth;
+            if tenth % 10 == 0 {
+                report(&mut tracker, "m1", &["m1", "m3"], now);
+                report(&mut tracker, "m3", &[], now);
+            }
+            let verdict = tracker.judge(&state, now);
+            for seen in &verdict.observations {
+                down.insert(seen.node_id.clone(), now - hung);
+            }
+            state = after(&state, &verdict);
+        }
+        // A worker of a manager that reports, and the node that hangs itself: as ever.
+        assert_eq!(down.remove("w2"), Some(grace(SECOND)));
+        assert_eq!(down.remove("m2"), Some(grace(SECOND)));
+        // The one who may not know it yet.
+        let at = down.remove("w1").expect("down at last");
+        let known = SESSION_PROBE_INTERVAL + SESSION_PROBE_TIMEOUT + SECOND;
+        assert!(at > known && at < known + SECOND, "{at:?}");
+        assert_eq!(down, BTreeMap::new());
+    }
+
+    #[test]
+    fn a_new_leader_waits_for_the_agents_of_the_one_that_hangs() {
+        let mut state = managers_and_workers();
+        let began = Instant::now();
+        let mut tracker = Tracker::after(Some(SECOND), grace(SECOND));
+        let mut down = BTreeMap::new();
+        for tenth in 0..100 {
+            let now = began + SECOND.mul_f64(0.1) * tenth;
+            if tenth % 10 == 0 {
+                report(&mut tracker, "m2", &["m2", "w2"], now);
+                report(&mut tracker, "m3", &["m3"], now);
+            }
+            if tenth == 45 {
+                report(&mut tracker, "m2", &["w1"], now);
+            }
+            let verdict = tracker.judge(&state, now);
+            for seen in &verdict.observations {
+                down.insert(seen.node_id.clone(), now - began);
+            }
+            state = after(&state, &verdict);
+        }
+        assert_eq!(down.remove("m1"), Some(grace(SECOND)));
+        // Came in time, and then died with a manager that works.
+        assert_eq!(down.remove("w1"), Some(SECOND.mul_f64(4.5) + grace(SECOND)));
+        assert_eq!(down, BTreeMap::new());
+    }
+
+    #[test]
+    fn who_dies_is_down_within_five_seconds_whatever_its_manager_does() {
+        assert!(grace(HEARTBEAT) + HEARTBEAT < 5 * SECOND);
+        // With long periods the agents have noticed anyway.
+        assert_eq!(elsewhere(3 * SECOND), Duration::ZERO);
+        assert!(elsewhere(HEARTBEAT) < grace(HEARTBEAT));
     }
 
     proptest! {
@@ -829,7 +981,7 @@ mod tests {
             let mut now = Instant::now();
             let mut tracker = Tracker::default();
             for beat in beats {
-                tracker.heard("a".into(), 0, now);
+                tracker.heard("a".into(), 0, &by(), now);
                 prop_assert_eq!(tracker.judge(&state, now).observations, vec![]);
                 now += Duration::from_millis(beat);
             }

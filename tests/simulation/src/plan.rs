@@ -41,9 +41,14 @@ const LOOK: u64 = 200 * MILLI;
 /// A node that nobody hears is Down by then (`swarm_proto::defaults::HEARTBEAT`).
 const DOWN_WITHIN: u64 = 5 * SECOND;
 
+/// Nothing waits for a manager that hangs for so long.
+const HANGS_FOR: u64 = 10 * SECOND;
+
 /// What comes once the cluster is well again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
+    /// A manager hangs.
+    Hang,
     /// A worker dies in silence, while clocks jump.
     Silence,
     /// A worker that lives is removed.
@@ -203,7 +208,7 @@ pub fn make(sim: &mut Sim, seed: u64, size: Size) {
             dice,
             healing: false,
             heal_until: 0,
-            next: Act::Silence,
+            next: Act::Hang,
             dismissed: None,
             trouble: size.trouble,
             client_pause,
@@ -569,6 +574,7 @@ fn heal(sim: &mut Sim) {
 fn look(sim: &mut Sim) {
     match unwell(sim) {
         None => match with(|stage| stage.next) {
+            Act::Hang => hang(sim),
             Act::Silence => silence(sim),
             Act::Dismissal => dismissal(sim),
             Act::End => sim.done(),
@@ -606,6 +612,21 @@ fn jump(sim: &mut Sim, host: HostId) {
     let ahead = sim.dice.between(0, 7200 * SECOND) as i64 - 3600 * SECOND as i64;
     tracing::info!(host, ahead = ahead / SECOND as i64, "a clock jumps");
     sim.set_skew(host, ahead);
+}
+
+/// A manager hangs on a host whose kernel goes on. Its agents are heard elsewhere in time.
+fn hang(sim: &mut Sim) {
+    check::calm();
+    let leader = check::leader().filter(|_| sim.dice.once_in(2));
+    let host = leader.or_else(|| sim.dice.pick(&managers()).copied());
+    let node = host.and_then(machine::node);
+    let id = node.and_then(|node| node.look(|member| member.identity.node_id().to_string()));
+    if let (Some(host), Some(id)) = (host, id) {
+        tracing::info!(host, "a manager hangs, and nothing else is wrong");
+        check::may_be_down(&id);
+        sim.pause(host, HANGS_FOR);
+    }
+    again(HANGS_FOR, |_| and_then(Act::Silence));
 }
 
 /// Clocks jump, which is to be no reason for anything, and a worker loses its power.

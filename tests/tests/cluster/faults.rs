@@ -305,6 +305,60 @@ fn the_tasks_of_a_silent_node_start_elsewhere_and_a_returning_one_stops_them() -
 }
 
 #[test]
+fn a_manager_that_hangs_takes_no_agent_down_with_it() -> Result<()> {
+    let cluster = Cluster::up(5, 3)?;
+    // The leader, and then whoever hears a worker.
+    for leader in [true, false] {
+        let hung = match leader {
+            true => cluster.leader("h1")?,
+            false => manager_of(&cluster, "h4")?,
+        };
+        let asked = ["h1", "h2", "h3"].into_iter().find(|host| *host != hung);
+        let asked = asked.context("there are three")?;
+        cluster.pause(&hung)?;
+        // Its own node hangs with it.
+        wait_until(PATIENCE, "the manager's node is Down", || {
+            for worker in ["h4", "h5"] {
+                let status = cluster.status_of(asked, worker)?;
+                ensure!(status == "Ready", "{worker} is {status}, {hung} hangs");
+            }
+            Ok((cluster.status_of(asked, &hung)? == "Down").then_some(()))
+        })?;
+        wait_until(PATIENCE, "the workers have gone elsewhere", || {
+            for worker in ["h4", "h5"] {
+                let status = cluster.status_of(asked, worker)?;
+                ensure!(status == "Ready", "{worker} is {status}, {hung} hangs");
+                if manager_of(&cluster, worker)? == hung {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })?;
+        cluster.resume(&hung)?;
+        wait_until(PATIENCE, "the manager's node is Ready again", || {
+            Ok((cluster.status_of(asked, &hung)? == "Ready").then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// The manager with which the host has registered last.
+fn manager_of(cluster: &Cluster, host: &str) -> Result<String> {
+    let log = cluster.log(host)?;
+    let line = log.lines().rfind(|line| line.contains("registered"));
+    let line = line.context("it has registered")?;
+    let mut managers = cluster.hosts().into_iter().take(cluster.managers());
+    let at = |name: &String| {
+        cluster
+            .addr(name)
+            .is_ok_and(|addr| line.contains(&format!("{addr}:")))
+    };
+    managers
+        .find(at)
+        .with_context(|| format!("no manager in {line}"))
+}
+
+#[test]
 fn a_cut_minority_changes_nothing_and_catches_up() -> Result<()> {
     let cluster = Cluster::up(3, 3)?;
     let leader = cluster.leader("h1")?;
