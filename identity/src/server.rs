@@ -59,13 +59,20 @@ impl Default for Limits {
     }
 }
 
+/// A connection on which a caller says nothing for so long is probed,
+const PROBE_INTERVAL: Duration = Duration::from_secs(10);
+/// and closed when there is no answer for so long. Only what it holds here is at stake: who is alive is told by
+/// heartbeats, and a dead host by the kernel. A server that is busy for seconds sees the answers late, and must
+/// not take that for their absence.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// A gRPC server with the bounds that all of ours have: probes of silent
 /// connections, header size, streams per connection.
 #[must_use]
 pub fn grpc_server() -> Server {
     Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(2)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(4)))
+        .http2_keepalive_interval(Some(PROBE_INTERVAL))
+        .http2_keepalive_timeout(Some(PROBE_TIMEOUT))
         .http2_max_header_list_size(64 << 10)
         .max_concurrent_streams(1024)
         .initial_stream_window_size(2 << 20)

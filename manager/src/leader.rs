@@ -225,23 +225,14 @@ pub(crate) async fn sleep_until(at: Option<Instant>) {
     }
 }
 
-/// Events of the store for a loop that starts with a full pass and starts again when it was too slow.
+/// What happens in the store, for a loop that starts with a look at everything. One that was too slow for
+/// the store's memory is told the difference between what it knew and what there is: the more there is, the less
+/// could it afford to look at everything again.
 #[derive(Debug)]
 pub struct Feed {
     watch: Watch,
-    /// The state after the last change that was taken.
+    /// Exactly as after all changes that were taken.
     state: Arc<State>,
-}
-
-/// What a [`Feed`] has for its loop.
-#[derive(Debug)]
-pub enum Fed {
-    /// Changes in order; never empty.
-    Changes(Vec<Change>),
-    /// Changes were lost: look at everything.
-    All,
-    /// The store is gone.
-    Closed,
 }
 
 /// Changes that a loop takes in at once before it decides.
@@ -261,33 +252,39 @@ impl Feed {
         &self.state
     }
 
-    /// Waits for a change, then takes all that are there. Cancel-safe.
-    pub async fn next(&mut self, context: &LoopContext) -> Fed {
-        let first = match self.watch.next().await {
-            Ok(change) => change,
-            Err(error) => return self.renew(context, &error),
+    /// Waits for a change, then takes all that are there: in order, never empty. `None` when the
+    /// store is gone. Cancel-safe.
+    pub async fn next(&mut self, context: &LoopContext) -> Option<Vec<Change>> {
+        let changes = match self.watch.next().await {
+            Ok(first) => self.drain(first),
+            Err(error) => Err(error),
         };
-        let mut changes = vec![first];
-        while changes.len() < DRAIN_MAX {
-            match self.watch.try_next() {
-                Ok(None) => break,
-                Ok(Some(change)) => changes.push(change),
-                Err(error) => return self.renew(context, &error),
+        let changes = match changes {
+            Ok(changes) => changes,
+            Err(WatchError::Lagged { .. }) => {
+                let (state, watch) = context.consensus.store().watch();
+                self.watch = watch;
+                vec![Change::between(&self.state, state)]
             }
-        }
+            Err(WatchError::Closed) => return None,
+        };
         if let Some(last) = changes.last() {
             self.state = last.state.clone();
         }
-        Fed::Changes(changes)
+        Some(changes)
     }
 
-    fn renew(&mut self, context: &LoopContext, error: &WatchError) -> Fed {
-        match error {
-            WatchError::Lagged { .. } => {
-                *self = Self::new(context);
-                Fed::All
-            }
-            WatchError::Closed => Fed::Closed,
+    fn drain(&mut self, first: Change) -> Result<Vec<Change>, WatchError> {
+        let mut changes = vec![first];
+        while changes.len() < DRAIN_MAX
+            && let Some(change) = self.watch.try_next()?
+        {
+            changes.push(change);
+        }
+        match changes.last() {
+            // With a later state, nobody could tell what is between the two.
+            Some(last) if !last.is_exact() => Err(WatchError::Lagged { after: last.index }),
+            _ => Ok(changes),
         }
     }
 }

@@ -221,9 +221,7 @@ fn drain(first: Change, watch: &mut Watch) -> Result<Vec<Change>, WatchError> {
     }
     // A delta is exact only between the states before and after its changes.
     match changes.last() {
-        Some(last) if last.state.index() != last.index => {
-            Err(WatchError::Lagged { after: last.index })
-        }
+        Some(last) if !last.is_exact() => Err(WatchError::Lagged { after: last.index }),
         _ => Ok(changes),
     }
 }
@@ -573,22 +571,13 @@ impl Registry {
     /// Changes were lost: what they come to is seen from the states before and after them.
     fn catch_up(&mut self, store: &Store) -> (u32, Watch) {
         let (state, watch) = store.watch();
-        let change = change_between(&self.state, state);
+        let change = Change::between(&self.state, state);
         tracing::info!(
             objects = change.events.len(),
             behind = change.index.saturating_sub(self.state.index()),
             "the dispatcher was behind; going on from the newest state"
         );
         (self.follow(&[change]), watch)
-    }
-}
-
-/// All that happened between two states, as one change.
-fn change_between(before: &State, state: Arc<State>) -> Change {
-    Change {
-        index: state.index(),
-        events: state.changes_since(before).into(),
-        state,
     }
 }
 

@@ -33,7 +33,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use crate::clock::span;
-use crate::leader::{ACTIONS_MAX, Fed, Feed, LeaderLoop, LoopContext, sleep_until};
+use crate::leader::{ACTIONS_MAX, Feed, LeaderLoop, LoopContext, sleep_until};
 
 /// Makes a connection to the manager at host:port, without waiting for it.
 pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
@@ -678,19 +678,16 @@ impl Liveness {
     }
 }
 
-/// Returns when nodes or the cluster's settings have changed, or changes were lost.
+/// Returns when nodes or the cluster's settings have changed.
 async fn nodes_change(feed: &mut Feed, context: &LoopContext) {
     use swarm_store::Event;
     loop {
-        match feed.next(context).await {
-            Fed::Changes(changes) => {
-                let mut events = changes.iter().flat_map(|change| change.events.iter());
-                if events.any(|event| matches!(event, Event::Node { .. } | Event::Cluster { .. })) {
-                    return;
-                }
-            }
-            Fed::All => return,
-            Fed::Closed => context.cancel.cancelled().await,
+        let Some(changes) = feed.next(context).await else {
+            return context.cancel.cancelled().await;
+        };
+        let mut events = changes.iter().flat_map(|change| change.events.iter());
+        if events.any(|event| matches!(event, Event::Node { .. } | Event::Cluster { .. })) {
+            return;
         }
     }
 }

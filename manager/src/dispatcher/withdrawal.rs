@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::assignments::{is_assigned, networks_of, state_of};
 use super::liveness::Liveness;
-use crate::leader::{Fed, Feed, Group, LeaderLoop, LoopContext, sleep_until};
+use crate::leader::{Feed, Group, LeaderLoop, LoopContext, sleep_until};
 
 /// A task is stopped after this long, whoever has acknowledged.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -61,15 +61,12 @@ async fn run(context: LoopContext, liveness: Liveness) {
         }
         tokio::select! {
             () = context.cancel.cancelled() => return,
-            fed = feed.next(&context) => match fed {
-                Fed::Changes(changes) => {
-                    for change in &changes {
-                        waiting.observe(change, Instant::now());
-                    }
+            fed = feed.next(&context) => {
+                let Some(changes) = fed else { return };
+                for change in &changes {
+                    waiting.observe(change, Instant::now());
                 }
-                Fed::All => waiting.observe_all(feed.state(), Instant::now()),
-                Fed::Closed => return,
-            },
+            }
             () = liveness.newer(), if !waiting.is_empty() => tokio::time::sleep(TOGETHER).await,
             () = sleep_until(verdict.next) => {}
         }
@@ -109,7 +106,7 @@ impl Waiting {
     fn observe(&mut self, change: &Change, now: Instant) {
         for event in change.events.iter() {
             if let Event::Task { new: Some(new), .. } = event {
-                self.add(new, change.index, now);
+                self.add(new, version_of(new), now);
             }
         }
     }

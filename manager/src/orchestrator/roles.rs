@@ -13,7 +13,7 @@ use swarm_store::{Event, Member, MembershipError, State};
 use tokio::time::Instant;
 
 use super::view::update;
-use crate::leader::{Fed, Feed, Group, LoopContext, sleep_until};
+use crate::leader::{Feed, Group, LoopContext, sleep_until};
 
 /// A membership change that failed is tried again after this long, or when a role or a member changes.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
@@ -84,23 +84,18 @@ pub(crate) async fn run(context: LoopContext) {
                 () = sleep_until(retry_at) => break,
                 fed = feed.next(&context) => fed,
             };
-            match fed {
-                // Of thousands of nodes that change, hardly one changes its role.
-                Fed::Changes(changes) => {
-                    let now = context.consensus.members();
-                    let mut events = changes.iter().flat_map(|change| change.events.iter());
-                    let to_do = |event: &Event| match event {
-                        Event::Node { new, .. } => {
-                            new.as_ref().is_some_and(|node| step(node, &now).is_some())
-                        }
-                        _ => false,
-                    };
-                    if now != members || events.any(to_do) {
-                        break;
-                    }
+            let Some(changes) = fed else { return };
+            // Of thousands of nodes that change, hardly one changes its role.
+            let now = context.consensus.members();
+            let mut events = changes.iter().flat_map(|change| change.events.iter());
+            let to_do = |event: &Event| match event {
+                Event::Node { new, .. } => {
+                    new.as_ref().is_some_and(|node| step(node, &now).is_some())
                 }
-                Fed::All => break,
-                Fed::Closed => return,
+                _ => false,
+            };
+            if now != members || events.any(to_do) {
+                break;
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The leader's loop around the orchestrator.
 //!
 //! Events say which services to look at, never what to do: each look reads the
-//! newest state. A new leader, or a loop that was too slow, looks at all of them.
+//! newest state. A new leader looks at all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::decide;
 use super::view::{availability, is_good, is_lost, state_of};
-use crate::leader::{Fed, Feed, Group, LoopContext, RETRY_AFTER, sleep_until, weight};
+use crate::leader::{Feed, Group, LoopContext, RETRY_AFTER, sleep_until, weight};
 
 /// Once a pass has decided so many changes, it proposes them before it goes on.
 const CHANGES_MAX: usize = 10_000;
@@ -65,11 +65,8 @@ pub(crate) async fn run(context: LoopContext) {
             }
         };
         agenda.add_refused();
-        match fed {
-            Fed::Changes(changes) => changes.iter().for_each(|change| agenda.observe(change)),
-            Fed::All => agenda.add_all(feed.state()),
-            Fed::Closed => return,
-        }
+        let Some(changes) = fed else { return };
+        changes.iter().for_each(|change| agenda.observe(change));
     }
 }
 

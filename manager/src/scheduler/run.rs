@@ -3,7 +3,7 @@
 use swarm_proto::v1::{object, store_action};
 
 use super::Scheduler;
-use crate::leader::{Fed, Feed, LoopContext, Proposed};
+use crate::leader::{Feed, LoopContext, Proposed};
 
 /// Places pending tasks until the term ends. Wakes with every change, takes in all
 /// that are there, then decides: no debounce, and one pass for a burst.
@@ -47,10 +47,7 @@ pub(crate) async fn run(context: LoopContext) {
             () = context.cancel.cancelled() => return,
             fed = feed.next(&context) => fed,
         };
-        match fed {
-            Fed::Changes(changes) => changes.iter().for_each(|change| scheduler.observe(change)),
-            Fed::All => scheduler = Scheduler::new(feed.state()),
-            Fed::Closed => return,
-        }
+        let Some(changes) = fed else { return };
+        changes.iter().for_each(|change| scheduler.observe(change));
     }
 }

@@ -68,6 +68,25 @@ pub struct Change {
     pub state: Arc<State>,
 }
 
+impl Change {
+    /// All that has happened between two states, as one change: an event for each object that differs, and
+    /// what came and went is not told.
+    #[must_use]
+    pub fn between(before: &State, state: Arc<State>) -> Self {
+        Self {
+            index: state.index(),
+            events: state.changes_since(before).into(),
+            state,
+        }
+    }
+
+    /// Whether its state is that after the entry, and not a later one.
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        self.state.index() == self.index
+    }
+}
+
 #[derive(Debug)]
 struct Remembered {
     index: u64,
