@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use swarm_disk::Threads;
 use swarm_manager::clock::system_clock;
 use swarm_manager::{Manager, ManagerConfig};
 use swarm_proto::NodeId;
@@ -47,6 +48,7 @@ impl Bench {
             node_id: NodeId::from("local"),
             clock: system_clock(),
             connect: Arc::new(|addr| Err(format!("there is no other manager at {addr}"))),
+            threads: Threads::Own,
         });
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
