@@ -59,6 +59,7 @@ enum Text {
 }
 
 impl Text {
+    #[inline]
     fn as_str(&self) -> &str {
         match self {
             // SAFETY: `from` has copied the bytes of a whole `str` of this length.
@@ -86,6 +87,7 @@ impl From<&str> for Text {
 // All as for the text itself: maps are searched with a `&str`.
 
 impl PartialEq for Text {
+    #[inline]
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Short(length, bytes), Self::Short(other_length, other)) => {
@@ -99,17 +101,19 @@ impl PartialEq for Text {
 impl Eq for Text {}
 
 impl PartialOrd for Text {
+    #[inline]
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
 impl Ord for Text {
+    #[inline]
     fn cmp(&self, other: &Self) -> Ordering {
         match (self, other) {
             // A text that another begins with has zeros where that goes on.
             (Self::Short(length, bytes), Self::Short(other_length, other)) => {
-                bytes.cmp(other).then(length.cmp(other_length))
+                bytes.cmp(other).then_with(|| length.cmp(other_length))
             }
             _ => self.as_str().cmp(other.as_str()),
         }
@@ -137,6 +141,7 @@ macro_rules! id_type {
 
             /// The identifier as text.
             #[must_use]
+            #[inline]
             pub fn as_str(&self) -> &str {
                 self.0.as_str()
             }
@@ -167,6 +172,7 @@ macro_rules! id_type {
         }
 
         impl Borrow<str> for $name {
+            #[inline]
             fn borrow(&self) -> &str {
                 self.as_str()
             }
@@ -180,6 +186,7 @@ macro_rules! id_type {
 
         impl std::ops::Deref for $name {
             type Target = str;
+            #[inline]
             fn deref(&self) -> &str {
                 self.as_str()
             }

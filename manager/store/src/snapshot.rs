@@ -9,7 +9,8 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use prost::Message as _;
+use prost::Message;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len, message};
 use swarm_proto::v1::{
     Network, Object, ObjectKind, ObjectRef, SnapshotCursors, SnapshotEnd, SnapshotHeader,
     SnapshotRecord, SnapshotWaiter, object, snapshot_record,
@@ -26,6 +27,17 @@ const FORMAT: u32 = 1;
 const CHUNK: usize = 256 << 10;
 /// No record is larger: an object has at most about 1 MiB.
 const RECORD_MAX: u64 = 16 << 20;
+
+/// Numbers of fields in store.proto: that of an object in a record,
+const RECORD_OBJECT: u32 = 2;
+/// and those of its kinds in an object. A million objects are encoded where they are, not copied first.
+mod fields {
+    pub(super) const CLUSTER: u32 = 1;
+    pub(super) const NODE: u32 = 2;
+    pub(super) const SERVICE: u32 = 3;
+    pub(super) const TASK: u32 = 4;
+    pub(super) const NETWORK: u32 = 5;
+}
 
 /// Why a snapshot cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -240,22 +252,27 @@ impl Encoder {
             .expect("the buffer grows as needed");
     }
 
-    fn put_object(&mut self, chunk: &mut BytesMut, object: object::Object) {
-        let object = Object {
-            object: Some(object),
-        };
-        self.put(chunk, snapshot_record::Record::Object(object));
+    /// As `put` does with a record that holds a copy of the object.
+    fn put_object(&mut self, chunk: &mut BytesMut, field: u32, object: &impl Message) {
+        self.records += 1;
+        let object_len = message::encoded_len(field, object);
+        let record_len =
+            key_len(RECORD_OBJECT) + encoded_len_varint(object_len as u64) + object_len;
+        encode_varint(record_len as u64, chunk);
+        encode_key(RECORD_OBJECT, WireType::LengthDelimited, chunk);
+        encode_varint(object_len as u64, chunk);
+        message::encode(field, object, chunk);
     }
 
     /// Writes until the chunk is full or the step is done.
     fn advance(&mut self, chunk: &mut BytesMut) {
         macro_rules! objects {
-            ($map:ident, $after:expr, $wrap:path, $this:path, $next:expr) => {{
+            ($map:ident, $after:expr, $field:expr, $this:path, $next:expr) => {{
                 let all = self.state.$map.clone();
                 let from = $after.map_or(Bound::Unbounded, Bound::Excluded);
                 let rest = all.range((from, Bound::Unbounded));
                 for (id, object) in rest {
-                    self.put_object(chunk, $wrap((**object).clone()));
+                    self.put_object(chunk, $field, &**object);
                     if chunk.len() >= CHUNK {
                         self.step = $this(Some(id.clone()));
                         return;
@@ -274,7 +291,7 @@ impl Encoder {
                 };
                 self.put(chunk, snapshot_record::Record::Header(header));
                 if let Some(cluster) = self.state.cluster.clone() {
-                    self.put_object(chunk, object::Object::Cluster((*cluster).clone()));
+                    self.put_object(chunk, fields::CLUSTER, &*cluster);
                 }
                 self.step = Step::Nodes(None);
             }
@@ -282,7 +299,7 @@ impl Encoder {
                 objects!(
                     nodes,
                     after,
-                    object::Object::Node,
+                    fields::NODE,
                     Step::Nodes,
                     Step::Networks(None)
                 );
@@ -290,19 +307,19 @@ impl Encoder {
             Step::Networks(after) => objects!(
                 networks,
                 after,
-                object::Object::Network,
+                fields::NETWORK,
                 Step::Networks,
                 Step::Services(None)
             ),
             Step::Services(after) => objects!(
                 services,
                 after,
-                object::Object::Service,
+                fields::SERVICE,
                 Step::Services,
                 Step::Tasks(None)
             ),
             Step::Tasks(after) => {
-                objects!(tasks, after, object::Object::Task, Step::Tasks, Step::Rest);
+                objects!(tasks, after, fields::TASK, Step::Tasks, Step::Rest);
             }
             Step::Rest => {
                 let ipam = self.state.ipam.clone();
