@@ -543,8 +543,10 @@ fn describe(status: &tonic::Status) -> String {
 /// Which manager to try next, and how long to wait before. Pure but for the random numbers it is given.
 #[derive(Debug, Default)]
 struct Choice {
-    /// Failures in a row of each known address.
-    failures: BTreeMap<String, u32>,
+    /// Failures in a row of each known address, and the number of the last one (0 for none).
+    failures: BTreeMap<String, (u32, u64)>,
+    /// Failures of all.
+    failed: u64,
     last: Option<String>,
     /// Said to be the one to take next.
     preferred: Option<String>,
@@ -562,32 +564,26 @@ impl Choice {
         self.failures
             .retain(|addr, _| known.contains(addr.as_str()));
         for addr in known {
-            self.failures.entry(addr.to_owned()).or_insert(0);
+            self.failures.entry(addr.to_owned()).or_default();
         }
     }
 
-    /// One of those that failed least, not the last one if there is another.
+    /// One of those that failed least, not the last one if there is another. Who failed longest ago is the first: of
+    /// those that refuse at once and one that hangs, which costs seconds, that is not the one that was just lost.
     fn next(&mut self, rng: &mut impl rand::Rng) -> Option<String> {
         let preferred = self.preferred.take();
         if let Some(addr) = preferred.filter(|addr| self.failures.contains_key(addr)) {
             self.last = Some(addr.clone());
             return Some(addr);
         }
-        let fewest = self
-            .failures
-            .iter()
-            .filter(|(addr, _)| self.failures.len() == 1 || self.last.as_ref() != Some(*addr))
-            .map(|(_, failures)| *failures)
-            .min()?;
-        let best: Vec<&String> = self
-            .failures
-            .iter()
-            .filter(|(addr, failures)| {
-                **failures == fewest
-                    && (self.failures.len() == 1 || self.last.as_ref() != Some(*addr))
-            })
-            .map(|(addr, _)| addr)
-            .collect();
+        let only = self.failures.len() == 1;
+        let others = self.failures.iter();
+        let others = others.filter(|(addr, _)| only || self.last.as_ref() != Some(*addr));
+        let others: Vec<_> = others.collect();
+        let first = others.iter().map(|(_, record)| *record).min()?;
+        // Of those that have not failed, any.
+        let best = others.iter().filter(|(_, record)| *record == first);
+        let best: Vec<&String> = best.map(|(addr, _)| *addr).collect();
         let chosen = best[rng.random_range(0..best.len())].clone();
         self.last = Some(chosen.clone());
         Some(chosen)
@@ -601,16 +597,20 @@ impl Choice {
     /// The attempt or session ended. One that had held for long clears the record of all.
     fn failed(&mut self, addr: &str, held_long: bool) {
         if held_long {
-            self.failures.values_mut().for_each(|count| *count = 0);
+            self.failures
+                .values_mut()
+                .for_each(|record| *record = (0, 0));
         }
-        if let Some(count) = self.failures.get_mut(addr) {
+        self.failed += 1;
+        if let Some((count, last)) = self.failures.get_mut(addr) {
             *count = count.saturating_add(1);
+            *last = self.failed;
         }
     }
 
     /// Nothing while there is a manager that has not failed; then doubling, with jitter.
     fn wait(&self, rng: &mut impl rand::Rng) -> Duration {
-        let fewest = self.failures.values().min().copied();
+        let fewest = self.failures.values().map(|(count, _)| *count).min();
         match fewest {
             _ if self.preferred.is_some() => Duration::ZERO,
             Some(0) => Duration::ZERO,
@@ -648,6 +648,22 @@ mod tests {
             assert!(tried.insert(addr.clone()), "{addr} was tried twice");
             choice.failed(&addr, false);
             assert_eq!(choice.wait(&mut rng).is_zero(), round < 2);
+        }
+    }
+
+    #[test]
+    fn the_manager_that_was_just_lost_is_tried_after_all_others() {
+        for seed in 0..20 {
+            let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+            let mut choice = choice(&["a:1", "b:1", "c:1", "d:1"]);
+            // Each had a session that did not hold for long, the last one because its manager hangs.
+            for addr in ["b:1", "d:1", "a:1", "c:1"] {
+                choice.failed(addr, false);
+            }
+            for addr in ["b:1", "d:1", "a:1", "c:1"] {
+                assert_eq!(choice.next(&mut rng).as_deref(), Some(addr));
+                choice.failed(addr, false);
+            }
         }
     }
 
