@@ -191,6 +191,15 @@ impl Sim {
         *busy = (*busy).max(until);
     }
 
+    /// Ends a pause.
+    pub fn resume(&mut self, host: HostId) {
+        let now = world::now();
+        if self.hosts[host].busy_until > now {
+            self.hosts[host].busy_until = now;
+            self.set_timer(host, now);
+        }
+    }
+
     /// The seed has failed; only the first reason counts.
     pub fn fail(&mut self, reason: String) {
         self.failure.get_or_insert(reason);

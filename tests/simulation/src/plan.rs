@@ -566,6 +566,7 @@ fn heal(sim: &mut Sim) {
         machine.mood.set_failing(false);
         sim.set_skew(machine.host, 0);
         sim.set_step_cost(machine.host, 20 * MICRO);
+        sim.resume(machine.host);
         start(sim, machine.host);
     }
     look(sim);
