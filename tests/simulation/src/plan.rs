@@ -41,12 +41,16 @@ const LOOK: u64 = 200 * MILLI;
 /// A node that nobody hears is Down by then (`swarm_proto::defaults::HEARTBEAT`).
 const DOWN_WITHIN: u64 = 5 * SECOND;
 
+/// A session that has held for longer clears its agent's record of failures (`SESSION_BACKOFF_MAX`).
+const RESTS_FOR: u64 = 9 * SECOND;
 /// Nothing waits for a manager that hangs for so long.
 const HANGS_FOR: u64 = 10 * SECOND;
 
 /// What comes once the cluster is well again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
+    /// Nothing, for as long as an agent may still wait that was refused too often.
+    Rest,
     /// A manager hangs.
     Hang,
     /// A worker dies in silence, while clocks jump.
@@ -208,7 +212,7 @@ pub fn make(sim: &mut Sim, seed: u64, size: Size) {
             dice,
             healing: false,
             heal_until: 0,
-            next: Act::Hang,
+            next: Act::Rest,
             dismissed: None,
             trouble: size.trouble,
             client_pause,
@@ -575,6 +579,7 @@ fn heal(sim: &mut Sim) {
 fn look(sim: &mut Sim) {
     match unwell(sim) {
         None => match with(|stage| stage.next) {
+            Act::Rest => again(RESTS_FOR, |_| and_then(Act::Hang)),
             Act::Hang => hang(sim),
             Act::Silence => silence(sim),
             Act::Dismissal => dismissal(sim),
