@@ -559,12 +559,15 @@ impl Lab {
         if self.switch != 0 {
             holders.push(self.switch);
         }
-        // What is killed may have forked meanwhile: look until nothing is left.
+        // What is killed may have forked meanwhile: look until nothing is left. By then nobody holds the
+        // namespaces any more that tell whose it is.
+        let mut namespaces = BTreeSet::new();
         wait_until(
             Duration::from_secs(20),
             "the lab's processes have ended",
             || {
-                let processes = processes_of(&holders)?;
+                namespaces.append(&mut namespaces_of(&holders)?);
+                let processes = processes_in(&namespaces)?;
                 for &pid in &processes {
                     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
                 }
@@ -674,7 +677,7 @@ impl Lab {
                 comm.trim_end() == &program[..program.len().min(15)]
             })
         };
-        let all = processes_of(&[self.switch])?;
+        let all = processes_in(&namespaces_of(&[self.switch])?)?;
         Ok(all.into_iter().filter(named).collect())
     }
 
@@ -886,9 +889,13 @@ pub fn alive(pid: i32) -> bool {
     !matches!(poll(&mut polled, PollTimeout::ZERO), Ok(ready) if ready > 0)
 }
 
-/// Every process that is in a namespace of the lab, or descends from one that is.
-fn processes_of(holders: &[i32]) -> Result<BTreeSet<i32>> {
-    let namespace = |pid: i32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+/// A namespace that the process is in, while there is one.
+fn namespace(pid: i32, kind: &str) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok()
+}
+
+/// The namespaces of the lab that are held.
+fn namespaces_of(holders: &[i32]) -> Result<BTreeSet<PathBuf>> {
     let mut namespaces = BTreeSet::new();
     for &holder in holders {
         namespaces.extend(
@@ -910,6 +917,11 @@ fn processes_of(holders: &[i32]) -> Result<BTreeSet<i32>> {
             namespaces.remove(&own);
         }
     }
+    Ok(namespaces)
+}
+
+/// Every process that is in one of the namespaces, or descends from one that is.
+fn processes_in(namespaces: &BTreeSet<PathBuf>) -> Result<BTreeSet<i32>> {
     let mut parents = BTreeMap::new();
     let mut found: BTreeSet<i32> = BTreeSet::new();
     for entry in fs::read_dir("/proc")?.flatten() {
