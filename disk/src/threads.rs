@@ -82,12 +82,6 @@ pub struct Blocking {
 }
 
 impl Blocking {
-    /// Which threads these are.
-    #[must_use]
-    pub fn threads(&self) -> Threads {
-        self.threads
-    }
-
     /// The result of this work.
     ///
     /// # Errors

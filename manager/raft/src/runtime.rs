@@ -8,8 +8,6 @@ use tokio::runtime::Handle;
 
 /// Niceness of raft's threads: above everything the process does besides.
 const NICE: i32 = -10;
-/// Niceness of what nobody waits for: it has a tenth of the time that others have who want it.
-const NICE_LATER: i32 = 10;
 /// Two, so that a long apply on one leaves the other for heartbeats and votes.
 const THREADS: usize = 2;
 
@@ -51,34 +49,6 @@ impl Drop for RaftRuntime {
     fn drop(&mut self) {
         if let Some(runtime) = self.own.take() {
             runtime.shutdown_background();
-        }
-    }
-}
-
-/// Lets the calling thread go behind others until it is dropped.
-#[must_use]
-pub(crate) struct Later {
-    before: Option<i32>,
-}
-
-impl Later {
-    pub(crate) fn begin(threads: Threads) -> Self {
-        let own = threads == Threads::Own;
-        let before = own.then(|| rustix::process::getpriority_process(None).ok());
-        let before = before.flatten();
-        Self {
-            before: before
-                .filter(|_| rustix::process::setpriority_process(None, NICE_LATER).is_ok()),
-        }
-    }
-}
-
-impl Drop for Later {
-    fn drop(&mut self) {
-        if let Some(before) = self.before
-            && let Err(error) = rustix::process::setpriority_process(None, before)
-        {
-            tracing::debug!(%error, "a thread keeps its lowered priority");
         }
     }
 }

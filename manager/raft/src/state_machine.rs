@@ -18,7 +18,6 @@ use tokio::sync::watch;
 
 use crate::disk::entry_size;
 use crate::error::{FatalReporter, chain};
-use crate::runtime::Later;
 use crate::snapshot::Snapshots;
 use crate::types::{Command, LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::weight::Scales;
@@ -215,10 +214,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let (state, meta) = (self.state.clone(), self.meta.clone());
         let (snapshots, scales) = (self.snapshots.clone(), self.scales.clone());
-        let threads = self.blocking.threads();
         let built = self.blocking.run(async move {
-            // A million objects take seconds, which requests would wait for, and nobody waits for this.
-            let _later = Later::begin(threads);
             let mut data = BytesMut::new();
             state
                 .encode()
