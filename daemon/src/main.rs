@@ -62,14 +62,11 @@ fn run(args: Args) -> Result<()> {
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_| anyhow::anyhow!("another TLS provider is installed already"))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("starting the async runtime")?;
-    let ended = runtime.block_on(serve(args, file));
-    // What did not stop in time is not waited for.
-    runtime.shutdown_background();
-    ended
+        .context("starting the async runtime")?
+        .block_on(serve(args, file))
 }
 
 async fn serve(args: Args, file: File) -> Result<()> {

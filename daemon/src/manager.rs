@@ -47,7 +47,7 @@ pub struct ManagerContext {
     pub raft_dir: PathBuf,
     /// What that is on.
     pub disk: Arc<dyn Disk>,
-    /// Where consensus and loops run and the disk is waited for.
+    /// Where consensus runs and the disk is waited for.
     pub threads: Threads,
     /// What its raft member has other than its defaults.
     pub tune: Tune,
@@ -137,7 +137,6 @@ impl RunningManager {
         let manager = Manager::start(ManagerConfig::new(
             raft.clone(),
             Arc::clone(&context.identity),
-            context.threads,
         ));
         let cancel = CancellationToken::new();
         let health = HealthReporter::new();

@@ -1,4 +1,4 @@
-//! Where work is done that keeps a thread: it waits for a disk, or computes for long.
+//! Where work that waits for a disk is done.
 
 use std::future::Future;
 
@@ -6,7 +6,7 @@ use futures::executor::block_on;
 use tokio::runtime::Handle;
 use tokio::task::JoinError;
 
-/// Which threads wait for the disk, or compute for long.
+/// Which threads wait for the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Threads {
     /// Threads of their own, so that nothing else waits with them.
@@ -74,7 +74,7 @@ impl Worker {
     }
 }
 
-/// Does pieces of work that keep a thread, each to its end whatever becomes of who asked.
+/// Does pieces of work that wait for the disk, each to its end whatever becomes of who asked.
 #[derive(Clone, Debug)]
 pub struct Blocking {
     threads: Threads,

@@ -12,7 +12,6 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use prost::Message;
-use swarm_disk::Blocking;
 use swarm_proto::NodeId;
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::{StoreAction, Transaction, rejection, store_action};
@@ -20,7 +19,7 @@ use swarm_store::store::Change;
 use swarm_store::{Consensus, ProposeError, State, Watch, WatchError};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::clock::{Clock, timestamp};
@@ -63,17 +62,6 @@ impl LeaderLoop {
 impl std::fmt::Debug for LeaderLoop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("LeaderLoop").field(&self.name).finish()
-    }
-}
-
-/// A loop that may compute for as long as seconds, on a thread of its own: sessions and requests, of which there
-/// are thousands, would wait behind it on theirs.
-pub(crate) async fn on_own_thread(
-    blocking: Blocking,
-    work: impl Future<Output = ()> + Send + 'static,
-) {
-    if let Err(error) = blocking.run(work).await {
-        tracing::error!(%error, "a loop failed");
     }
 }
 
@@ -341,17 +329,16 @@ pub struct Leader {
 }
 
 impl Leader {
-    /// Begins to watch leadership. `loops` run whenever this manager leads, each on one of `blocking`.
+    /// Begins to watch leadership. `loops` run whenever this manager leads.
     #[must_use]
     pub fn start(
         consensus: Arc<dyn Consensus>,
         node_id: NodeId,
         clock: Clock,
         loops: Vec<LeaderLoop>,
-        blocking: Blocking,
     ) -> Self {
         let cancel = CancellationToken::new();
-        let watching = watch_leadership(consensus, node_id, clock, loops, blocking, cancel.clone());
+        let watching = watch_leadership(consensus, node_id, clock, loops, cancel.clone());
         Self {
             cancel,
             handle: tokio::spawn(watching.instrument(tracing::info_span!("leader"))),
@@ -372,7 +359,6 @@ async fn watch_leadership(
     node_id: NodeId,
     clock: Clock,
     loops: Vec<LeaderLoop>,
-    blocking: Blocking,
     cancel: CancellationToken,
 ) {
     let mut leadership = consensus.leadership();
@@ -393,7 +379,6 @@ async fn watch_leadership(
                     cancel: cancel.child_token(),
                 },
                 &loops,
-                &blocking,
             )
         });
         let changed = leadership.wait_for(|now| (now.term, now.is_leader) != (term, leads));
@@ -422,12 +407,11 @@ async fn watch_leadership(
 #[derive(Debug)]
 struct Term {
     term: u64,
-    /// No thread is kept when this is dropped.
-    cancel: DropGuard,
+    cancel: CancellationToken,
     loops: JoinSet<()>,
 }
 
-fn start_term(context: LoopContext, loops: &[LeaderLoop], blocking: &Blocking) -> Term {
+fn start_term(context: LoopContext, loops: &[LeaderLoop]) -> Term {
     tracing::info!(
         term = context.term,
         "this manager leads; starting the leader's loops"
@@ -435,19 +419,18 @@ fn start_term(context: LoopContext, loops: &[LeaderLoop], blocking: &Blocking) -
     let mut set = JoinSet::new();
     for leader_loop in loops {
         let span = tracing::info_span!("loop", name = leader_loop.name, term = context.term);
-        let work = supervise(leader_loop.clone(), context.clone()).instrument(span);
-        set.spawn(on_own_thread(blocking.clone(), work));
+        set.spawn(supervise(leader_loop.clone(), context.clone()).instrument(span));
     }
     Term {
         term: context.term,
-        cancel: context.cancel.drop_guard(),
+        cancel: context.cancel,
         loops: set,
     }
 }
 
 impl Term {
     async fn stop(mut self) {
-        self.cancel.disarm().cancel();
+        self.cancel.cancel();
         while let Some(ended) = self.loops.join_next().await {
             if let Err(error) = ended {
                 tracing::error!(%error, "a leader's loop failed while it stopped");
@@ -478,7 +461,6 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use proptest::prelude::*;
-    use swarm_disk::Threads;
     use swarm_proto::task_state::is_terminal;
     use swarm_proto::v1::{Rejection, Task, TaskState};
     use swarm_store::testing::{self, LocalConsensus};
@@ -589,7 +571,6 @@ mod tests {
             "local".into(),
             test_clock(),
             vec![count.clone(), count],
-            Threads::Callers.blocking(),
         );
         seen.wait_for(|&term| term == 1).await.unwrap();
         lead(&consensus, 2, false);
@@ -611,13 +592,7 @@ mod tests {
                 context.cancel.cancelled().await;
             }
         });
-        let leader = Leader::start(
-            consensus,
-            "local".into(),
-            test_clock(),
-            vec![fragile],
-            Threads::Callers.blocking(),
-        );
+        let leader = Leader::start(consensus, "local".into(), test_clock(), vec![fragile]);
         seen.wait_for(|&runs| runs == 3).await.unwrap();
         leader.stop().await;
     }
@@ -632,7 +607,6 @@ mod tests {
                 "local".into(),
                 test_clock(),
                 deciding_loops(),
-                Threads::Callers.blocking(),
             )
         };
         let leader = start();

@@ -18,7 +18,6 @@ mod world;
 
 use std::sync::Arc;
 
-use swarm_disk::Threads;
 use swarm_identity::Identity;
 use swarm_proto::NodeId;
 use swarm_proto::v1::ca_server::CaServer;
@@ -47,8 +46,6 @@ pub struct ManagerConfig {
     pub clock: Clock,
     /// How it tells the leader whom it hears: what waits there would be taken for silence.
     pub connect: Connect,
-    /// Where its loops compute: on threads of their own, but for a simulation.
-    pub threads: Threads,
 }
 
 impl std::fmt::Debug for ManagerConfig {
@@ -62,7 +59,7 @@ impl std::fmt::Debug for ManagerConfig {
 impl ManagerConfig {
     /// A manager with this identity, by the machine's clock.
     #[must_use]
-    pub fn new(consensus: Arc<dyn Consensus>, identity: Arc<Identity>, threads: Threads) -> Self {
+    pub fn new(consensus: Arc<dyn Consensus>, identity: Arc<Identity>) -> Self {
         Self {
             consensus,
             node_id: identity.node_id(),
@@ -71,7 +68,6 @@ impl ManagerConfig {
                 let channel = identity.urgent_channel(addr);
                 channel.map_err(|error| error.to_string())
             }),
-            threads,
         }
     }
 }
@@ -94,9 +90,7 @@ impl Manager {
             node_id,
             clock,
             connect,
-            threads,
         } = config;
-        let blocking = threads.blocking();
         let stopping = CancellationToken::new();
         let control = Control::new(
             consensus.clone(),
@@ -105,20 +99,15 @@ impl Manager {
             stopping.clone(),
         );
         let ca = CaService::new(consensus.clone(), node_id.clone(), clock.clone());
-        let dispatcher = Dispatcher::start(
-            consensus.clone(),
-            node_id.clone(),
-            clock.clone(),
-            connect,
-            &blocking,
-        );
+        let dispatcher =
+            Dispatcher::start(consensus.clone(), node_id.clone(), clock.clone(), connect);
         let routes = Routes::new(control.into_server())
             .add_service(CaServer::new(ca).max_decoding_message_size(CA_MESSAGE_MAX))
             .add_service(dispatcher.service())
             .add_service(dispatcher.liveness_service());
         let mut loops = deciding_loops();
         loops.extend(dispatcher.leader_loops());
-        let leader = Leader::start(consensus, node_id, clock, loops, blocking);
+        let leader = Leader::start(consensus, node_id, clock, loops);
         Self {
             routes,
             leader,

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use swarm_disk::Threads;
 use swarm_manager::clock::system_clock;
 use swarm_manager::{Manager, ManagerConfig};
 use swarm_proto::NodeId;
@@ -48,7 +47,6 @@ impl Bench {
             node_id: NodeId::from("local"),
             clock: system_clock(),
             connect: Arc::new(|addr| Err(format!("there is no other manager at {addr}"))),
-            threads: Threads::Own,
         });
         let listener = TcpListener::bind("127.0.0.1:0")
             .await

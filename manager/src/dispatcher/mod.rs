@@ -19,19 +19,18 @@ mod withdrawal;
 
 use std::sync::Arc;
 
-use swarm_disk::Blocking;
 use swarm_proto::NodeId;
 use swarm_proto::defaults::MESSAGE_MAX;
 use swarm_proto::v1::dispatcher_server::DispatcherServer;
 use swarm_proto::v1::liveness_server::LivenessServer;
 use swarm_store::Consensus;
 use tokio::task::JoinSet;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use crate::clock::Clock;
-use crate::leader::{LeaderLoop, on_own_thread};
+use crate::leader::LeaderLoop;
 
 pub use assignments::{Advance, AssignmentSet, Delta, Journal, Shared, Tables, messages};
 pub use liveness::{Connect, Liveness, Tracker, Verdict, heartbeat_period};
@@ -44,20 +43,17 @@ pub struct Dispatcher {
     liveness: Liveness,
     loops: JoinSet<()>,
     running: TaskTracker,
-    /// No thread is kept when this is dropped.
-    cancel: DropGuard,
+    cancel: CancellationToken,
 }
 
 impl Dispatcher {
-    /// Starts the loops. `node_id` is this manager's node; `connect` reaches other managers; those loops that may
-    /// compute for long are on threads of `blocking`.
+    /// Starts the loops. `node_id` is this manager's node; `connect` reaches other managers.
     #[must_use]
     pub fn start(
         consensus: Arc<dyn Consensus>,
         node_id: NodeId,
         clock: Clock,
         connect: Connect,
-        blocking: &Blocking,
     ) -> Self {
         let cancel = CancellationToken::new();
         let running = TaskTracker::new();
@@ -66,10 +62,8 @@ impl Dispatcher {
         let (intake, intake_loop) =
             intake::intake(consensus.clone(), node_id, clock, cancel.clone());
         let mut loops = JoinSet::new();
-        let hub_loop = hub_loop.instrument(tracing::info_span!("dispatcher_hub"));
-        loops.spawn(on_own_thread(blocking.clone(), hub_loop));
-        let intake_loop = intake_loop.instrument(tracing::info_span!("dispatcher_intake"));
-        loops.spawn(on_own_thread(blocking.clone(), intake_loop));
+        loops.spawn(hub_loop.instrument(tracing::info_span!("dispatcher_hub")));
+        loops.spawn(intake_loop.instrument(tracing::info_span!("dispatcher_intake")));
         let reporter = liveness.clone().run_reporter(cancel.clone());
         loops.spawn(reporter.instrument(tracing::info_span!("liveness_reporter")));
         let sessions = Sessions {
@@ -85,7 +79,7 @@ impl Dispatcher {
             liveness,
             loops,
             running,
-            cancel: cancel.drop_guard(),
+            cancel,
         }
     }
 
@@ -120,7 +114,7 @@ impl Dispatcher {
 
     /// Ends all sessions (their agents go elsewhere) and loops; returns once they have ended.
     pub async fn stop(mut self) {
-        self.cancel.disarm().cancel();
+        self.cancel.cancel();
         self.running.close();
         self.running.wait().await;
         while let Some(ended) = self.loops.join_next().await {

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use swarm_disk::Threads;
 use swarm_identity::{Caller, PeerIdentity};
 use swarm_proto::defaults::REPORTS_AHEAD;
 use swarm_proto::v1::dispatcher_client::DispatcherClient;
@@ -91,20 +90,12 @@ impl Served {
             let endpoint = endpoint.and_then(|endpoint| endpoint.user_agent("manager"));
             Ok(endpoint.map_err(|error| error.to_string())?.connect_lazy())
         });
-        let blocking = Threads::Callers.blocking();
-        let dispatcher = Dispatcher::start(
-            consensus.clone(),
-            "m1".into(),
-            system_clock(),
-            connect,
-            &blocking,
-        );
+        let dispatcher = Dispatcher::start(consensus.clone(), "m1".into(), system_clock(), connect);
         let leader = Leader::start(
             consensus.clone(),
             "m1".into(),
             system_clock(),
             dispatcher.leader_loops(),
-            blocking,
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("bound");
