@@ -256,7 +256,7 @@ impl Feed {
     /// store is gone. Cancel-safe.
     pub async fn next(&mut self, context: &LoopContext) -> Option<Vec<Change>> {
         let changes = match self.watch.next().await {
-            Ok(first) => self.drain(first),
+            Ok(first) => self.watch.drain(first, DRAIN_MAX),
             Err(error) => Err(error),
         };
         let changes = match changes {
@@ -272,20 +272,6 @@ impl Feed {
             self.state = last.state.clone();
         }
         Some(changes)
-    }
-
-    fn drain(&mut self, first: Change) -> Result<Vec<Change>, WatchError> {
-        let mut changes = vec![first];
-        while changes.len() < DRAIN_MAX
-            && let Some(change) = self.watch.try_next()?
-        {
-            changes.push(change);
-        }
-        match changes.last() {
-            // With a later state, nobody could tell what is between the two.
-            Some(last) if !last.is_exact() => Err(WatchError::Lagged { after: last.index }),
-            _ => Ok(changes),
-        }
     }
 }
 
@@ -578,6 +564,32 @@ mod tests {
         seen.wait_for(|&term| term == 3).await.unwrap();
         leader.stop().await;
         assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_was_too_slow_is_told_the_difference() {
+        let consensus = LocalConsensus::new();
+        let context = context(consensus.clone());
+        let service = testing::create(testing::service("s", "web", &[]));
+        consensus.write([service]).unwrap();
+        // Few states are remembered, and more changes; then not even those.
+        for (changes, each) in [(300, 1), (50, 2000)] {
+            let mut feed = Feed::new(&context);
+            let before = feed.state().index();
+            let name = |change, number| format!("{each}-{change}-{number}");
+            for change in 0..changes {
+                let made = (0..each)
+                    .map(|number| testing::create(testing::task(&name(change, number), "s", &[])));
+                consensus.write(made).unwrap();
+            }
+            assert_eq!(consensus.store().watch_from(before).is_ok(), each == 1);
+            let told = feed.next(&context).await.unwrap();
+            let events = told.iter().flat_map(|change| change.events.iter());
+            let told: std::collections::BTreeSet<&str> =
+                events.map(swarm_store::Event::id).collect();
+            assert_eq!(told.len(), changes * each);
+            assert_eq!(feed.state().index(), consensus.store().state().index());
+        }
     }
 
     #[tokio::test(start_paused = true)]

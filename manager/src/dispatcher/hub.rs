@@ -186,7 +186,7 @@ async fn run(
                 registry.stand(leaderless);
             }
             change = next_after(rested, &mut watch) => {
-                let changes = change.and_then(|first| drain(first, &mut watch));
+                let changes = change.and_then(|first| watch.drain(first, BATCH));
                 let sent = match changes {
                     Ok(changes) => registry.follow(&changes),
                     Err(WatchError::Lagged { .. }) => {
@@ -210,20 +210,6 @@ async fn next_after(time: Instant, watch: &mut Watch) -> Result<Change, WatchErr
         tokio::time::sleep_until(time).await;
     }
     watch.next().await
-}
-
-fn drain(first: Change, watch: &mut Watch) -> Result<Vec<Change>, WatchError> {
-    let mut changes = vec![first];
-    while changes.len() < BATCH
-        && let Some(change) = watch.try_next()?
-    {
-        changes.push(change);
-    }
-    // A delta is exact only between the states before and after its changes.
-    match changes.last() {
-        Some(last) if !last.is_exact() => Err(WatchError::Lagged { after: last.index }),
-        _ => Ok(changes),
-    }
 }
 
 struct Registry {

@@ -79,12 +79,6 @@ impl Change {
             state,
         }
     }
-
-    /// Whether its state is that after the entry, and not a later one.
-    #[must_use]
-    pub fn is_exact(&self) -> bool {
-        self.state.index() == self.index
-    }
 }
 
 #[derive(Debug)]
@@ -308,6 +302,26 @@ impl Watch {
     pub fn after(&self) -> u64 {
         self.after
     }
+
+    /// `first` and what has come since, `most` changes altogether. The state of the last one is that after
+    /// its entry, so that nothing is between the two that nobody is told of.
+    ///
+    /// # Errors
+    /// See [`WatchError`]; also [`WatchError::Lagged`] when only a later state is remembered.
+    pub fn drain(&mut self, first: Change, most: usize) -> Result<Vec<Change>, WatchError> {
+        let mut changes = vec![first];
+        while changes.len() < most
+            && let Some(change) = self.try_next()?
+        {
+            changes.push(change);
+        }
+        match changes.last() {
+            Some(last) if last.state.index() != last.index => {
+                Err(WatchError::Lagged { after: last.index })
+            }
+            _ => Ok(changes),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -394,6 +408,24 @@ mod tests {
             resumed.next().await.unwrap_err(),
             WatchError::Lagged { after: 2 }
         );
+    }
+
+    #[tokio::test]
+    async fn changes_are_taken_together_only_up_to_a_state_that_is_remembered() {
+        let store = store();
+        let (_, mut watch) = store.watch();
+        let count = REMEMBERED_STATES as u64 + 100;
+        (1..=count).for_each(|index| add(&store, index));
+        let first = watch.next().await.expect("remembered");
+        let error = watch.drain(first, 10).unwrap_err();
+        assert_eq!(error, WatchError::Lagged { after: 10 });
+        let first = watch.next().await.expect("remembered");
+        let rest = watch.drain(first, usize::MAX).expect("to the newest");
+        assert_eq!(rest.len() as u64, count - 10);
+        add(&store, count + 1);
+        add(&store, count + 2);
+        let first = watch.next().await.expect("remembered");
+        assert_eq!(watch.drain(first, 1).expect("its state is there").len(), 1);
     }
 
     #[tokio::test]
