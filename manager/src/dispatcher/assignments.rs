@@ -451,11 +451,11 @@ impl Journal {
         }
     }
 
-    /// What leads a node's set from an earlier state, which it is true of, to the newest one that was
-    /// pushed.
-    pub fn catch_up(&mut self, set: &AssignmentSet, before: &State, next: &Arc<State>) -> Delta {
+    /// What leads a node's set from the state that it is true of to the newest one that was pushed.
+    pub fn catch_up(&mut self, set: &AssignmentSet, missed: Missed, next: &Arc<State>) -> Delta {
+        let before = &missed.since;
         let mut tasks = BTreeMap::new();
-        let own = own_changes(before, next, &set.node_id);
+        let own: Vec<TaskChange> = missed.own.into_values().filter(differs).collect();
         if !own.is_empty() {
             tasks.insert(set.node_id.clone(), own);
         }
@@ -513,23 +513,45 @@ fn all_rows(state: &State, network: &NetworkId) -> impl Iterator<Item = Row> {
         .chain(endpoints.map(|task| Row::Endpoint((&task.id).into())))
 }
 
-/// How the tasks of one node differ.
-fn own_changes(before: &State, next: &State, node: &NodeId) -> Vec<TaskChange> {
-    let held = |state: &State, id: &TaskId| {
-        let task = state.task(id).filter(|task| task.node_id == **node);
-        task.filter(|task| is_assigned(task)).cloned()
-    };
-    let both = [before, next].into_iter();
-    let ids = both.flat_map(|state| state.tasks_on_node(node).map(|task| TaskId::from(&task.id)));
-    let ids: BTreeSet<TaskId> = ids.collect();
-    let changes = ids.iter().map(|id| (held(before, id), held(next, id)));
-    changes
-        .filter(|change| match change {
-            (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
-            (None, None) => false,
-            _ => true,
-        })
-        .collect()
+fn differs(change: &TaskChange) -> bool {
+    match change {
+        (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
+        (None, None) => false,
+        _ => true,
+    }
+}
+
+/// What a node has not been told of, since a state. Only what has changed is kept: a node may have
+/// thousands of tasks, and miss what becomes of one.
+#[derive(Debug)]
+pub struct Missed {
+    since: Arc<State>,
+    own: BTreeMap<TaskId, TaskChange>,
+}
+
+impl Missed {
+    /// Nothing yet. The node's set is true of this state.
+    #[must_use]
+    pub fn since(state: Arc<State>) -> Self {
+        Self {
+            since: state,
+            own: BTreeMap::new(),
+        }
+    }
+
+    /// Every delta that concerns the node, one after the other.
+    pub fn add(&mut self, delta: &Delta, node: &NodeId) {
+        for (old, new) in delta.tasks.get(node).into_iter().flatten() {
+            let Some(task) = new.as_ref().or(old.as_ref()) else {
+                continue;
+            };
+            let known = self.own.entry(TaskId::from(&task.id));
+            known
+                .or_insert_with(|| (old.clone(), None))
+                .1
+                .clone_from(new);
+        }
+    }
 }
 
 /// What one node holds.

@@ -273,7 +273,10 @@ proptest! {
         let (mut prior, mut watch) = store.watch();
         let mut agents: Vec<_> = nodes()
             .into_iter()
-            .map(|id| (AssignmentSet::of(&prior, &id), prior.clone(), id, Held::default()))
+            .map(|id| {
+                let set = AssignmentSet::of(&prior, &id);
+                (set, Missed::since(prior.clone()), id, Held::default())
+            })
             .collect();
         let mut tables = Tables::default();
         let mut journal = Journal::with_room_for(room);
@@ -292,14 +295,15 @@ proptest! {
             tables.forget(&delta);
             journal.push(&delta);
             prior = Arc::clone(delta.state());
-            for (number, (set, before, id, held)) in agents.iter_mut().enumerate() {
+            for (number, (set, missed, id, held)) in agents.iter_mut().enumerate() {
+                missed.add(&delta, id);
                 // Each bit is a node that is ready.
                 if ready >> number & 1 == 0 {
                     continue;
                 }
-                let missed = journal.catch_up(set, before, &prior);
-                held.follow(set.advance(&missed, &mut tables));
-                *before = prior.clone();
+                let missed = std::mem::replace(missed, Missed::since(prior.clone()));
+                let delta = journal.catch_up(set, missed, &prior);
+                held.follow(set.advance(&delta, &mut tables));
                 prop_assert_eq!(&*set, &AssignmentSet::of(&prior, id));
                 let mut complete = Held::default();
                 complete.follow(set.complete(&prior, &mut Tables::default()));

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::assignments::{AssignmentSet, Delta, Journal, Shared, Tables};
+use super::assignments::{AssignmentSet, Delta, Journal, Missed, Shared, Tables};
 
 /// The one update on its way to a session, and acknowledgements of reports.
 const SESSION_QUEUE: usize = 32;
@@ -235,8 +235,8 @@ struct Entry {
     revision: u64,
     /// It has an update that it has not sent yet.
     sending: bool,
-    /// The state that the set is true of, if it is not the newest.
-    behind: Option<Arc<State>>,
+    /// What has happened since the state that the set is true of, if that is not the newest.
+    behind: Option<Missed>,
     /// It is to be told of its node and the managers.
     uninformed: bool,
     queue: mpsc::Sender<Update>,
@@ -387,7 +387,9 @@ impl Registry {
         for node_id in concerned {
             match self.sessions.get_mut(&node_id) {
                 Some(entry) if entry.sending => {
-                    entry.behind.get_or_insert_with(|| prior.clone());
+                    let behind = &mut entry.behind;
+                    let missed = behind.get_or_insert_with(|| Missed::since(prior.clone()));
+                    missed.add(&delta, &node_id);
                 }
                 Some(_) => sent += u32::from(self.advance(node_id, &delta)),
                 None => {}
@@ -408,8 +410,8 @@ impl Registry {
         entry.sending = false;
         if std::mem::take(&mut entry.uninformed) {
             self.tell(node_id);
-        } else if let Some(before) = entry.behind.take() {
-            let delta = self.journal.catch_up(&entry.set, &before, &self.state);
+        } else if let Some(missed) = entry.behind.take() {
+            let delta = self.journal.catch_up(&entry.set, missed, &self.state);
             self.advance(node_id.clone(), &delta);
         }
     }

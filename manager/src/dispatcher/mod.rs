@@ -32,7 +32,7 @@ use tracing::Instrument;
 use crate::clock::Clock;
 use crate::leader::LeaderLoop;
 
-pub use assignments::{Advance, AssignmentSet, Delta, Journal, Shared, Tables, messages};
+pub use assignments::{Advance, AssignmentSet, Delta, Journal, Missed, Shared, Tables, messages};
 pub use liveness::{Connect, Liveness, Tracker, Verdict, heartbeat_period};
 pub use session::Sessions;
 
