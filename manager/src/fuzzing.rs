@@ -19,7 +19,6 @@ use swarm_proto::v1::{
     UpdateClusterRequest, UpdateNodeRequest, UpdateServiceRequest, WatchRequest, service_mode,
 };
 use swarm_proto::{NodeId, TaskId};
-use swarm_store::store::Change;
 use swarm_store::testing::{self, LocalConsensus, create};
 use swarm_store::{Consensus as _, State};
 use tokio_util::sync::CancellationToken;
@@ -255,11 +254,7 @@ fn write(state: &mut State, scheduler: &mut Scheduler, groups: Vec<Group>) {
             .apply(index, &testing::transaction(group))
             .expect("nobody else writes");
         *state = applied.state;
-        scheduler.observe(&Change {
-            index,
-            events: applied.events.into(),
-            state: state.clone().into(),
-        });
+        scheduler.observe(&applied.events);
     }
 }
 

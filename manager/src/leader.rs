@@ -16,7 +16,7 @@ use swarm_proto::NodeId;
 use swarm_proto::defaults::TRANSACTION_MAX;
 use swarm_proto::v1::{StoreAction, Transaction, rejection, store_action};
 use swarm_store::store::Change;
-use swarm_store::{Consensus, ProposeError, State, Watch, WatchError};
+use swarm_store::{Consensus, Event, ProposeError, State, Watch, WatchError};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -235,8 +235,41 @@ pub struct Feed {
     state: Arc<State>,
 }
 
-/// Changes that a loop takes in at once before it decides.
-const DRAIN_MAX: usize = 4096;
+/// Events after which a loop takes in no more before it decides.
+const DRAIN: usize = 4096;
+
+/// What a loop looks at (events, tasks, actions, each of some microseconds) before others of its thread get a
+/// turn. Sessions and requests share their threads with the loops.
+const TURN: usize = 1024;
+
+/// Has a loop that computes give way in time.
+#[derive(Debug, Default)]
+pub(crate) struct Turn(usize);
+
+impl Turn {
+    /// So much was looked at: others get a turn if that is enough for one.
+    pub(crate) async fn spent(&mut self, work: usize) {
+        self.0 += work;
+        if self.0 >= TURN {
+            self.0 = 0;
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Hands out events in parts, each with the state after its change, as small as a turn.
+    pub(crate) async fn each(
+        &mut self,
+        changes: &[Change],
+        mut take: impl FnMut(&State, &[Event]),
+    ) {
+        for change in changes {
+            for part in change.events.chunks(TURN) {
+                take(&change.state, part);
+                self.spent(part.len()).await;
+            }
+        }
+    }
+}
 
 impl Feed {
     /// Starts with the state of now.
@@ -256,7 +289,7 @@ impl Feed {
     /// store is gone. Cancel-safe.
     pub async fn next(&mut self, context: &LoopContext) -> Option<Vec<Change>> {
         let changes = match self.watch.next().await {
-            Ok(first) => self.watch.drain(first, DRAIN_MAX),
+            Ok(first) => self.watch.drain(first, DRAIN),
             Err(error) => Err(error),
         };
         let changes = match changes {

@@ -10,7 +10,6 @@ use swarm_proto::v1::{
     service_mode,
 };
 use swarm_store::State;
-use swarm_store::store::Change;
 use swarm_store::testing;
 
 use crate::clock::timestamp;
@@ -58,11 +57,7 @@ impl World {
             .apply(index, &transaction)
             .expect("nobody else writes");
         self.state = applied.state;
-        self.scheduler.observe(&Change {
-            index,
-            events: applied.events.into(),
-            state: self.state.clone().into(),
-        });
+        self.scheduler.observe(&applied.events);
     }
 
     /// Creates a replicated service "s" with these replicas, changed by `change`.

@@ -16,7 +16,9 @@ use swarm_store::testing::{
 };
 use swarm_store::{Change, State, Store};
 
-use super::assignments::{Advance, AssignmentSet, Delta, Journal, Shared, Tables, messages};
+use super::assignments::{
+    Advance, AssignmentSet, Delta, Journal, Missed, Shared, Tables, messages,
+};
 
 /// What an agent holds, as the protocol describes it: by kind and key.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -36,8 +36,10 @@ const PAUSE_EACH: Duration = Duration::from_micros(300);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// No shorter one is worth a timer.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
-/// Changes that are worked out together, and commands that are obeyed together.
-const BATCH: usize = 512;
+/// Events after which no more are worked out together.
+const EVENTS: usize = 2048;
+/// Commands that are obeyed together.
+const COMMANDS_TOGETHER: usize = 64;
 
 /// Something for a session to send.
 #[derive(Debug)]
@@ -172,7 +174,7 @@ async fn run(
                 Some(command) => {
                     registry.obey(command);
                     // Those that are ready together often miss the same.
-                    for _ in 1..BATCH {
+                    for _ in 1..COMMANDS_TOGETHER {
                         match commands.try_recv() {
                             Ok(command) => registry.obey(command),
                             Err(_) => break,
@@ -186,7 +188,7 @@ async fn run(
                 registry.stand(leaderless);
             }
             change = next_after(rested, &mut watch) => {
-                let changes = change.and_then(|first| watch.drain(first, BATCH));
+                let changes = change.and_then(|first| watch.drain(first, EVENTS));
                 let sent = match changes {
                     Ok(changes) => registry.follow(&changes),
                     Err(WatchError::Lagged { .. }) => {
@@ -202,6 +204,8 @@ async fn run(
                 }
             }
         }
+        // Sessions and requests have the same threads, and are to have their turn.
+        tokio::task::yield_now().await;
     }
 }
 

@@ -14,28 +14,28 @@ use swarm_proto::v1::{
     Node, NodeAvailability, Service, StoreAction, Task, TaskState, UpdateState, service_mode,
 };
 use swarm_proto::{ServiceId, TaskId};
-use swarm_store::store::Change;
 use swarm_store::{Event, State};
 use tokio::time::Instant;
 
 use super::decide;
 use super::view::{availability, is_good, is_lost, state_of};
-use crate::leader::{Feed, Group, LoopContext, RETRY_AFTER, sleep_until, weight};
+use crate::leader::{Feed, Group, LoopContext, RETRY_AFTER, Turn, sleep_until, weight};
 
 /// Once a pass has decided so many changes, it proposes them before it goes on.
 const CHANGES_MAX: usize = 10_000;
 /// No timer is set further ahead: the clock may be set.
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Services that are looked at before others of this thread get a turn.
-const SERVICES_MAX: usize = 256;
+/// Once so many tasks were looked at, it ends as well: what happens meanwhile is to be taken in, too.
+const LOOKED_MAX: usize = 10_000;
 
 /// Keeps tasks as services want them until the term ends.
 pub(crate) async fn run(context: LoopContext) {
     let mut feed = Feed::new(&context);
     let mut agenda = Agenda::default();
+    let mut turn = Turn::default();
     agenda.add_all(feed.state());
     loop {
-        if let Some((seen, groups)) = agenda.work(&context) {
+        if let Some((seen, groups)) = agenda.work(&context, &mut turn).await {
             let proposed = tokio::select! {
                 () = context.cancel.cancelled() => return,
                 proposed = context.propose_groups(groups) => proposed,
@@ -51,7 +51,6 @@ pub(crate) async fn run(context: LoopContext) {
             for action in proposed.refused.iter().flatten() {
                 agenda.look_again(&seen, action);
             }
-            tokio::task::yield_now().await;
         }
         let fed = tokio::select! {
             biased;
@@ -66,7 +65,8 @@ pub(crate) async fn run(context: LoopContext) {
         };
         agenda.add_refused();
         let Some(changes) = fed else { return };
-        changes.iter().for_each(|change| agenda.observe(change));
+        let observe = |state: &State, events: &[Event]| agenda.observe(state, events);
+        turn.each(&changes, observe).await;
     }
 }
 
@@ -86,7 +86,11 @@ struct Agenda {
 impl Agenda {
     /// Decides for services that are due, until there is enough to propose. Also returns the
     /// state that was looked at.
-    fn work(&mut self, context: &LoopContext) -> Option<(Arc<State>, Vec<Group>)> {
+    async fn work(
+        &mut self,
+        context: &LoopContext,
+        turn: &mut Turn,
+    ) -> Option<(Arc<State>, Vec<Group>)> {
         let (now, instant) = (context.now(), Instant::now());
         while let Some((at, _)) = self.timers.first()
             && *at <= instant
@@ -101,14 +105,17 @@ impl Agenda {
         }
         let state = context.consensus.store().state();
         let mut groups = Vec::new();
-        let mut changes = 0;
-        let mut looks = 0..SERVICES_MAX;
+        let (mut changes, mut looked) = (0, 0);
         while changes < CHANGES_MAX
-            && looks.next().is_some()
+            && looked < LOOKED_MAX
             && let Some(service) = self.dirty.pop_first()
         {
             let decision = decide(&state, &service, now, &mut TaskId::random);
-            changes += decision.groups.iter().flatten().map(weight).sum::<usize>();
+            let decided: usize = decision.groups.iter().flatten().map(weight).sum();
+            let tasks = state.count_of_service(&service) + 1;
+            turn.spent(tasks + decided).await;
+            changes += decided;
+            looked += tasks;
             groups.extend(decision.groups);
             let wake_at = decision.wake_at;
             let wake_at = wake_at.map(|at| instant + at.saturating_sub(now).min(WAIT_MAX));
@@ -156,8 +163,9 @@ impl Agenda {
         }
     }
 
-    fn observe(&mut self, change: &Change) {
-        for event in change.events.iter() {
+    /// Takes in what has happened; `state` is as it was after that.
+    fn observe(&mut self, state: &State, events: &[Event]) {
+        for event in events {
             match event {
                 Event::Service { .. } => {
                     self.dirty.insert(ServiceId::from(event.id()));
@@ -165,14 +173,14 @@ impl Agenda {
                 Event::Task { old, new } => {
                     if let Some(task) = new.as_ref().or(old.as_ref())
                         && task_differs(old.as_deref(), new.as_deref())
-                        && !goes_as_wanted(&change.state, old.as_deref(), new.as_deref())
+                        && !goes_as_wanted(state, old.as_deref(), new.as_deref())
                     {
                         self.dirty.insert(ServiceId::from(&task.service_id));
                     }
                 }
                 Event::Node { old, new } => {
                     if node_differs(old.as_deref(), new.as_deref()) {
-                        self.add_node(&change.state, event.id());
+                        self.add_node(state, event.id());
                     }
                 }
                 Event::Cluster { old, new } => {
@@ -183,7 +191,7 @@ impl Agenda {
                             .and_then(|spec| spec.task_history_limit)
                     };
                     if old.as_deref().and_then(limit) != new.as_deref().and_then(limit) {
-                        self.add_all(&change.state);
+                        self.add_all(state);
                     }
                 }
                 Event::Network { .. } => {}

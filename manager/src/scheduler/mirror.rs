@@ -10,7 +10,6 @@ use swarm_proto::v1::{
     object, store_action,
 };
 use swarm_proto::{NodeId, ServiceId, TaskId};
-use swarm_store::store::Change;
 use swarm_store::{Event, State};
 
 use super::explain::{self, Tally};
@@ -29,7 +28,9 @@ const FAILURES_WITHIN: Duration = Duration::from_secs(5 * 60);
 /// Failures remembered per service.
 const FAILURES_KEPT: usize = 4096;
 /// Tasks that are decided on in one pass; the rest follow in the next.
-const PASS_MAX: usize = 10_000;
+const PASS_MAX: usize = 4096;
+/// Nodes that are looked at for them, over all services: after so many a pass ends as well.
+const VISITS_MAX: usize = 500_000;
 /// Tasks that one action assigns.
 const ASSIGN_MAX: usize = 500;
 /// Code of the reason of a task that no node takes.
@@ -123,11 +124,13 @@ pub struct Scheduler {
 struct Pass {
     assignments: Vec<TaskAssignment>,
     groups: Vec<Group>,
+    /// Nodes that were looked at.
+    visits: usize,
 }
 
 impl Pass {
     fn is_full(&self) -> bool {
-        self.assignments.len() + self.groups.len() >= PASS_MAX
+        self.assignments.len() + self.groups.len() >= PASS_MAX || self.visits >= VISITS_MAX
     }
 
     fn finish(mut self) -> Vec<Group> {
@@ -161,8 +164,8 @@ impl Scheduler {
     }
 
     /// Follows the state. Every change must be shown, in order.
-    pub fn observe(&mut self, change: &Change) {
-        for event in change.events.iter() {
+    pub fn observe(&mut self, events: &[Event]) {
+        for event in events {
             match event {
                 Event::Node { old, new } => {
                     let same = match (old, new) {
@@ -377,6 +380,7 @@ impl Scheduler {
                 continue;
             }
             self.decide_group(&key, state, now, &mut pass);
+            pass.visits += self.nodes.len();
         }
         pass.finish()
     }

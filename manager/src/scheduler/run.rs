@@ -1,17 +1,20 @@
 //! The leader's loop around the scheduler.
 
 use swarm_proto::v1::{object, store_action};
+use swarm_store::{Event, State};
 
 use super::Scheduler;
-use crate::leader::{Feed, LoopContext, Proposed};
+use crate::leader::{Feed, LoopContext, Proposed, Turn, weight};
 
 /// Places pending tasks until the term ends. Wakes with every change, takes in all
 /// that are there, then decides: no debounce, and one pass for a burst.
 pub(crate) async fn run(context: LoopContext) {
     let mut feed = Feed::new(&context);
     let mut scheduler = Scheduler::new(feed.state());
+    let mut turn = Turn::default();
     loop {
         let groups = scheduler.decide(feed.state(), context.now());
+        turn.spent(groups.iter().flatten().map(weight).sum()).await;
         if !groups.is_empty() {
             let Proposed { refused, failed } = tokio::select! {
                 () = context.cancel.cancelled() => return,
@@ -48,6 +51,7 @@ pub(crate) async fn run(context: LoopContext) {
             fed = feed.next(&context) => fed,
         };
         let Some(changes) = fed else { return };
-        changes.iter().for_each(|change| scheduler.observe(change));
+        let observe = |_: &State, events: &[Event]| scheduler.observe(events);
+        turn.each(&changes, observe).await;
     }
 }

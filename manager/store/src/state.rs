@@ -231,6 +231,12 @@ impl State {
         self.indexed(self.tasks_by_service.get(id))
     }
 
+    /// How many they are.
+    #[must_use]
+    pub fn count_of_service(&self, id: &str) -> usize {
+        self.tasks_by_service.get(id).map_or(0, OrdSet::len)
+    }
+
     /// The tasks assigned to a node, by ID, history included.
     pub fn tasks_on_node(&self, id: &str) -> impl Iterator<Item = &Arc<Task>> {
         self.indexed(self.tasks_by_node.get(id))
