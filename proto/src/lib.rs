@@ -23,7 +23,7 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/swarm_descriptor.bin"));
 
-pub use id::{ClusterId, NetworkId, NodeId, ServiceId, SessionId, TaskId};
+pub use id::{ClusterId, NetworkId, NodeId, ServiceId, SessionId, Siblings, TaskId};
 
 // Nothing in these is equal to all but itself, as a float may be. With that known, two `Arc`s of one object are
 // compared without a look at it: of two states, most objects are the same ones.

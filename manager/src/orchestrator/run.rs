@@ -13,7 +13,7 @@ use swarm_proto::v1::store_action::Action;
 use swarm_proto::v1::{
     Node, NodeAvailability, Service, StoreAction, Task, TaskState, UpdateState, service_mode,
 };
-use swarm_proto::{ServiceId, TaskId};
+use swarm_proto::{ServiceId, Siblings, TaskId};
 use swarm_store::{Event, State};
 use tokio::time::Instant;
 
@@ -106,11 +106,13 @@ impl Agenda {
         let state = context.consensus.store().state();
         let mut groups = Vec::new();
         let (mut changes, mut looked) = (0, 0);
+        let mut ids = Siblings::new();
+        let mut next_id = || TaskId::from(ids.next_id());
         while changes < CHANGES_MAX
             && looked < LOOKED_MAX
             && let Some(service) = self.dirty.pop_first()
         {
-            let decision = decide(&state, &service, now, &mut TaskId::random);
+            let decision = decide(&state, &service, now, &mut next_id);
             let decided: usize = decision.groups.iter().flatten().map(weight).sum();
             let tasks = state.count_of_service(&service) + 1;
             turn.spent(tasks + decided).await;
