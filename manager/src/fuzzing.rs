@@ -105,7 +105,7 @@ pub fn control_requests(mut data: &[u8]) -> State {
         }
     });
     let state = decide(State::clone(&consensus.store().state()));
-    let written: Vec<u8> = state.encode().flatten().collect();
+    let written = state.encode();
     let read = State::decode(&written[..]).expect("just written");
     assert!(read == state, "{read:#?}\n{state:#?}");
     state

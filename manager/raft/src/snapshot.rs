@@ -101,8 +101,9 @@ impl Snapshots {
         current.as_ref().is_some_and(|current| current.path == path)
     }
 
-    /// Writes a snapshot, and deletes the one before it. One that is not newer is not written.
-    pub(crate) async fn save(&self, meta: &SnapshotMeta, state: &[u8]) -> Result<(), DiskError> {
+    /// Writes a snapshot, packed with its place in the log, and deletes the one before it. One that is not
+    /// newer is not written.
+    pub(crate) async fn save(&self, meta: &SnapshotMeta, plain: &[u8]) -> Result<(), DiskError> {
         if self.is_behind(meta) {
             return Ok(());
         }
@@ -111,8 +112,7 @@ impl Snapshots {
             .map_or((0, 0), |id| (id.leader_id.term, id.index));
         let path = self.dir.join(format!("{index:020}-{term:020}{SUFFIX}"));
         let aside = path.with_extension("writing");
-        let plain = pack(meta, state).map_err(|e| DiskError::io("encode", &path, e))?;
-        let sealed = self.sealer.seal(MAGIC, &plain);
+        let sealed = self.sealer.seal(MAGIC, plain);
         #[cfg(feature = "museum")]
         if swarm_proto::museum::on(swarm_proto::museum::Bug::SnapshotNotSynced) {
             let write = || {
@@ -188,11 +188,21 @@ pub(crate) fn unseal(sealer: &Sealer, file: &[u8]) -> Result<Vec<u8>, String> {
     sealer.open(MAGIC, sealed).map_err(|e| e.to_string())
 }
 
-/// The inverse of [`unpack`].
-pub(crate) fn pack(meta: &SnapshotMeta, state: &[u8]) -> Result<Vec<u8>, CodecError> {
+/// What a snapshot begins with; the encoded state follows. There is `room` for a state: one of a million tasks has hundreds of megabytes, which are not to be copied once more.
+pub(crate) fn begin(meta: &SnapshotMeta, room: usize) -> Result<Vec<u8>, CodecError> {
     let meta = encode(meta)?;
     let length = u32::try_from(meta.len()).unwrap_or(u32::MAX).to_le_bytes();
-    Ok([&length, meta.as_slice(), state].concat())
+    let mut plain = Vec::with_capacity(length.len() + meta.len() + room);
+    plain.extend_from_slice(&length);
+    plain.extend_from_slice(&meta);
+    Ok(plain)
+}
+
+/// What is sealed in the file of a snapshot. The inverse of [`unpack`].
+pub(crate) fn pack(meta: &SnapshotMeta, state: &[u8]) -> Result<Vec<u8>, CodecError> {
+    let mut plain = begin(meta, state.len())?;
+    plain.extend_from_slice(state);
+    Ok(plain)
 }
 
 /// The snapshot's place in the log and the encoded state.
@@ -240,9 +250,10 @@ mod tests {
         let (snapshots, found) =
             Snapshots::open(SystemDisk::shared(), dir.path(), sealer.clone()).unwrap();
         assert!(found.is_none());
-        snapshots.save(&meta(10), b"ten").await.unwrap();
-        snapshots.save(&meta(20), b"twenty").await.unwrap();
-        snapshots.save(&meta(15), b"fifteen").await.unwrap();
+        for (index, state) in [(10, &b"ten"[..]), (20, b"twenty"), (15, b"fifteen")] {
+            let plain = pack(&meta(index), state).unwrap();
+            snapshots.save(&meta(index), &plain).await.unwrap();
+        }
         std::fs::write(dir.path().join("00000000000000000030.writing"), b"half").unwrap();
 
         let (snapshots, found) = Snapshots::open(SystemDisk::shared(), dir.path(), sealer).unwrap();
@@ -259,7 +270,8 @@ mod tests {
         let sealer = Sealer::new(&DataKey::random());
         let (snapshots, _) =
             Snapshots::open(SystemDisk::shared(), dir.path(), sealer.clone()).unwrap();
-        snapshots.save(&meta(10), &[7; 4096]).await.unwrap();
+        let plain = pack(&meta(10), &[7; 4096]).unwrap();
+        snapshots.save(&meta(10), &plain).await.unwrap();
         let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap();
         let path = file.unwrap().path();
         let whole = std::fs::read(&path).unwrap();

@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use openraft::entry::RaftEntry as _;
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -17,8 +17,8 @@ use swarm_store::{State, Store};
 use tokio::sync::watch;
 
 use crate::disk::entry_size;
-use crate::error::{FatalReporter, chain};
-use crate::snapshot::Snapshots;
+use crate::error::{DiskError, FatalReporter, chain};
+use crate::snapshot::{self, Snapshots};
 use crate::types::{Command, LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::weight::Scales;
 
@@ -164,7 +164,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let installed = self.blocking.run(async move {
             let state = State::decode(snapshot.as_ref())
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-            snapshots.save(&saved_meta, &snapshot).await?;
+            let plain = snapshot::pack(&saved_meta, &snapshot)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            snapshots.save(&saved_meta, &plain).await?;
             Ok::<_, io::Error>(state)
         });
         let state = match installed.await.map_err(io::Error::other)? {
@@ -215,17 +217,18 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
         let (state, meta) = (self.state.clone(), self.meta.clone());
         let (snapshots, scales) = (self.snapshots.clone(), self.scales.clone());
         let built = self.blocking.run(async move {
-            let mut data = BytesMut::new();
-            state
-                .encode()
-                .for_each(|chunk| data.extend_from_slice(&chunk));
-            let data = data.freeze();
-            snapshots.save(&meta, &data).await?;
-            scales.lock().snapshot(data.len() as u64);
-            Ok::<_, crate::error::DiskError>(Snapshot {
-                meta,
-                snapshot: data,
-            })
+            // As large as the last one, and something more.
+            let room = scales.lock().snapshot_bytes();
+            let room = usize::try_from(room + room / 8).unwrap_or(0);
+            let begun = snapshot::begin(&meta, room);
+            let mut plain = begun.map_err(|e| DiskError::io("encode", snapshots.dir(), e))?;
+            let begin = plain.len();
+            state.encode_to(&mut plain);
+            let plain = Bytes::from(plain);
+            snapshots.save(&meta, &plain).await?;
+            let snapshot = plain.slice(begin..);
+            scales.lock().snapshot(snapshot.len() as u64);
+            Ok::<_, DiskError>(Snapshot { meta, snapshot })
         });
         built.await.map_err(io::Error::other)?.map_err(|error| {
             self.fatal

@@ -263,7 +263,7 @@ fn who_finds_a_network_full_waits_and_is_served_in_turn() {
         );
     }
     // Across a snapshot, too.
-    let bytes: Vec<u8> = state.encode().flatten().collect();
+    let bytes = state.encode();
     let state = State::decode(&bytes[..]).expect("just written");
     let state = after(&state, [remove(ObjectKind::Task, "t3")]);
     assert_eq!(address(&state, "t7"), "10.1.0.5/29");
@@ -508,7 +508,7 @@ fn references_are_ids_names_or_unique_prefixes_in_this_order() {
 #[test]
 fn a_snapshot_that_is_newer_or_damaged_is_refused_with_a_sentence() {
     let state = after(&with_service(""), [create(task("t", "s", &["n"]))]);
-    let bytes: Vec<u8> = state.encode().flatten().collect();
+    let bytes = state.encode();
     for end in 0..bytes.len() {
         let cut = State::decode(&bytes[..end]).expect_err("cut off");
         assert!(matches!(cut, DecodeError::Damaged(_)), "{cut}");
@@ -525,17 +525,29 @@ fn a_snapshot_that_is_newer_or_damaged_is_refused_with_a_sentence() {
 }
 
 #[test]
-fn a_large_network_is_filled_and_encoded_in_chunks() {
+fn a_large_network_is_filled_encoded_and_decoded_in_parts() {
     let mut state = with_service("10.1.0.0/16");
-    for batch in 0..20 {
+    for batch in 0..50 {
         let made = (0..100).map(|n| create(task(&format!("t{batch}-{n}"), "s", &["n"])));
         state = after(&state, made);
     }
-    assert_eq!(address(&state, "t19-99"), "10.1.7.210/16");
-    let chunks: Vec<_> = state.encode().collect();
-    assert!(chunks.iter().all(|chunk| chunk.len() < 300 << 10));
-    let bytes: Vec<u8> = chunks.into_iter().flatten().collect();
+    assert_eq!(address(&state, "t49-99"), "10.1.19.138/16");
+    let bytes = state.encode();
+    assert!(bytes.len() > 1 << 20, "several parts");
     assert!(State::decode(&bytes[..]).expect("just written") == state);
+    // Whichever part is damaged.
+    let refused = |bytes: &[u8]| State::decode(bytes).expect_err("damaged").to_string();
+    for end in [1, bytes.len() / 2, bytes.len() - 1] {
+        let error = refused(&bytes[..end]);
+        assert!(error.contains("damaged"), "{error}");
+    }
+    let record = 1 + usize::from(bytes[0]);
+    for more in [&bytes[..record], &bytes[..]] {
+        let error = refused(&[&bytes[..], more].concat());
+        assert!(error.ends_with("something follows its end"), "{error}");
+    }
+    let twice = [&bytes[..record], &bytes[..]].concat();
+    assert!(refused(&twice).ends_with("two headers"));
 }
 
 fn assign(of: &State, pairs: &[(&str, &str)]) -> StoreAction {

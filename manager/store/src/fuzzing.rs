@@ -14,19 +14,15 @@ use crate::{ObjectKind, State};
 /// Transactions of one input: enough for things to meet, few enough to be fast.
 const TRANSACTIONS: usize = 24;
 
-fn bytes(state: &State) -> Vec<u8> {
-    state.encode().flatten().collect()
-}
-
 /// A snapshot's bytes: what is read is written back to something that reads the same.
 pub fn snapshot_state(data: &[u8]) {
     let Ok(state) = State::decode(data) else {
         return;
     };
-    let written = bytes(&state);
+    let written = state.encode();
     let again = State::decode(&written[..]).expect("just written");
     assert!(again == state, "{again:#?}\n{state:#?}");
-    assert_eq!(bytes(&again), written);
+    assert_eq!(again.encode(), written);
     // Whatever was read can be worked with.
     for id in state.tasks().map(|task| task.id.clone()) {
         let removal = transaction([remove(ObjectKind::Task, &id)]);
@@ -62,7 +58,7 @@ pub fn transactions(mut data: &[u8]) {
         };
     }
     check_holdings(&state);
-    let written = bytes(&state);
+    let written = state.encode();
     let read = State::decode(&written[..]).expect("just written");
     assert!(read == state, "{read:#?}\n{state:#?}");
 }
@@ -130,11 +126,11 @@ pub mod seeds {
     #[must_use]
     pub fn snapshot_state() -> Vec<Vec<u8>> {
         let mut state = State::default();
-        let mut all = vec![bytes(&state)];
+        let mut all = vec![state.encode()];
         for (index, transaction) in (1..).zip(script()) {
             if let Ok(applied) = state.apply(index, &transaction) {
                 state = applied.state;
-                all.push(bytes(&state));
+                all.push(state.encode());
             }
         }
         all

@@ -23,7 +23,7 @@ pub mod store;
 pub mod testing;
 
 pub use consensus::{Consensus, Leadership, Member, MembershipError, ProposeError, ReadError};
-pub use snapshot::{DecodeError, Encoder};
+pub use snapshot::DecodeError;
 pub use state::{Applied, Event, Rejection, ResolveError, State};
 pub use store::{Change, Store, Watch, WatchError};
 pub use swarm_proto::v1::ObjectKind;

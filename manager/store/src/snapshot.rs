@@ -2,18 +2,16 @@
 //!
 //! Only objects and what cannot be derived from them is written; indexes and
 //! free addresses are rebuilt on reading, which also checks that nothing is
-//! held twice. The encoder works on its own O(1) copy of the state.
+//! held twice.
 
-use std::io::Read;
-use std::ops::Bound;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
-use bytes::{Bytes, BytesMut};
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len, message};
 use swarm_proto::v1::{
-    Network, Object, ObjectKind, ObjectRef, SnapshotCursors, SnapshotEnd, SnapshotHeader,
-    SnapshotRecord, SnapshotWaiter, object, snapshot_record,
+    Cluster, Network, Node, Object, ObjectKind, ObjectRef, Service, SnapshotCursors, SnapshotEnd,
+    SnapshotHeader, SnapshotRecord, SnapshotWaiter, Task, object, snapshot_record,
 };
 use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
 
@@ -23,8 +21,12 @@ use crate::state::State;
 
 /// Version of the records that this build writes, and the highest that it reads.
 const FORMAT: u32 = 1;
-/// A chunk is given out once it has this many bytes (it may have one record more).
-const CHUNK: usize = 256 << 10;
+/// Bytes that a thread decodes in one go (and the record that has the last of them).
+const PART: usize = 256 << 10;
+/// Threads that decode, at most: one puts together what a few decode.
+const THREADS_MAX: usize = 4;
+/// Parts that each of them may be ahead.
+const AHEAD: usize = 4;
 /// No record is larger: an object has at most about 1 MiB.
 const RECORD_MAX: u64 = 16 << 20;
 
@@ -42,9 +44,6 @@ mod fields {
 /// Why a snapshot cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// The reader failed.
-    #[error("the snapshot could not be read")]
-    Io(#[from] std::io::Error),
     /// A later version of swarm has written it.
     #[error(
         "the snapshot has format {found}, this version of swarm reads up to {known}: upgrade this manager"
@@ -60,93 +59,109 @@ pub enum DecodeError {
     Damaged(String),
 }
 
-/// The bytes of a state in chunks of some 256 KiB.
-#[derive(Debug)]
-pub struct Encoder {
-    state: State,
-    step: Step,
-    records: u64,
-}
-
-/// What is written next; with the last ID that was.
-#[derive(Debug)]
-enum Step {
-    Header,
-    Nodes(Option<NodeId>),
-    Networks(Option<NetworkId>),
-    Services(Option<ServiceId>),
-    Tasks(Option<TaskId>),
-    Rest,
-    Done,
-}
-
 impl State {
-    /// The state as bytes, in chunks. Equal states give equal bytes.
+    /// The state as bytes. Equal states give equal bytes.
     #[must_use]
-    pub fn encode(&self) -> Encoder {
-        Encoder {
-            state: self.clone(),
-            step: Step::Header,
-            records: 0,
-        }
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.encode_to(&mut bytes);
+        bytes
     }
 
-    /// Reads what [`State::encode`] has written, up to its end.
+    /// Appends the state as bytes. Takes a microsecond or two for each object.
+    pub fn encode_to(&self, bytes: &mut Vec<u8>) {
+        use snapshot_record::Record;
+        let mut encoder = Encoder { bytes, records: 0 };
+        encoder.put(Record::Header(SnapshotHeader {
+            format: FORMAT,
+            index: self.index,
+            term: self.term,
+            turns: self.ipam.next_turn(),
+        }));
+        if let Some(cluster) = &self.cluster {
+            encoder.put_object(fields::CLUSTER, &**cluster);
+        }
+        for node in self.nodes.values() {
+            encoder.put_object(fields::NODE, &**node);
+        }
+        for network in self.networks.values() {
+            encoder.put_object(fields::NETWORK, &**network);
+        }
+        for service in self.services.values() {
+            encoder.put_object(fields::SERVICE, &**service);
+        }
+        for task in self.tasks.values() {
+            encoder.put_object(fields::TASK, &**task);
+        }
+        for (network, next) in self.ipam.cursors() {
+            encoder.put(Record::Cursors(SnapshotCursors {
+                network_id: network.to_string(),
+                next,
+            }));
+        }
+        for (who, network, turn) in self.ipam.waiting() {
+            let (kind, id) = match who {
+                Waiter::Task(id) => (ObjectKind::Task, id.to_string()),
+                Waiter::Service(id) => (ObjectKind::Service, id.to_string()),
+            };
+            encoder.put(Record::Waiter(SnapshotWaiter {
+                turn,
+                network_id: network.to_string(),
+                r#ref: Some(ObjectRef {
+                    kind: kind.into(),
+                    id,
+                }),
+            }));
+        }
+        let records = encoder.records;
+        encoder.put(Record::End(SnapshotEnd { records }));
+    }
+
+    /// Reads what [`State::encode`] has written.
+    ///
+    /// Records are decoded by as many threads as the machine has cores, a part each in turn; the state is put
+    /// together from them in order.
     ///
     /// # Errors
     /// See [`DecodeError`].
-    pub fn decode(mut from: impl Read) -> Result<Self, DecodeError> {
-        let mut state = Self::default();
-        let mut buffer = Vec::new();
-        let header = match read_record(&mut from, &mut buffer)? {
-            snapshot_record::Record::Header(header) => header,
-            _ => return Err(damaged("it does not begin with a header")),
-        };
-        if header.format > FORMAT {
-            return Err(DecodeError::Newer {
-                found: header.format,
-                known: FORMAT,
-            });
-        }
-        state.index = header.index;
-        state.term = header.term;
-        state.ipam.restore_next_turn(header.turns);
-        for records in 0u64.. {
-            match read_record(&mut from, &mut buffer)? {
-                snapshot_record::Record::Header(_) => return Err(damaged("two headers")),
-                snapshot_record::Record::Object(object) => state.restore(object)?,
-                snapshot_record::Record::Cursors(cursors) => {
-                    state
-                        .ipam
-                        .restore_cursors(&cursors.network_id, &cursors.next);
-                }
-                snapshot_record::Record::Waiter(waiter) => {
-                    let wanted = waiter.r#ref.unwrap_or_default();
-                    let who = match wanted.kind() {
-                        ObjectKind::Task => Waiter::Task(TaskId::from(wanted.id)),
-                        ObjectKind::Service => Waiter::Service(ServiceId::from(wanted.id)),
-                        _ => return Err(damaged("a waiter of an unknown kind")),
-                    };
-                    let network = NetworkId::from(waiter.network_id);
-                    state.ipam.restore_waiting(who, network, waiter.turn);
-                }
-                snapshot_record::Record::End(end) if end.records == records => break,
-                snapshot_record::Record::End(_) => return Err(damaged("records are missing")),
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let (header, rest) = split_record(bytes)?;
+        let mut restoring = Restoring::new(read_record(header)?)?;
+        let parts = parts(rest)?;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = threads.min(THREADS_MAX).min(parts.len());
+        if threads < 2 {
+            for part in parts {
+                restoring.take(records(part)?)?;
             }
+            return restoring.finish();
         }
-        Ok(state)
+        std::thread::scope(|scope| {
+            let workers = (0..threads).map(|worker| {
+                let (decoded, taken) = sync_channel(AHEAD);
+                let mut mine = parts.iter().skip(worker).step_by(threads);
+                // Once one is damaged nobody takes the others.
+                scope.spawn(move || mine.try_for_each(|part| decoded.send(records(part))));
+                taken
+            });
+            let workers: Vec<_> = workers.collect();
+            for part in 0..parts.len() {
+                let decoded = workers[part % threads].recv();
+                restoring.take(decoded.map_err(|_| damaged("it cannot be decoded"))??)?;
+            }
+            restoring.finish()
+        })
     }
 
-    fn restore(&mut self, object: Object) -> Result<(), DecodeError> {
-        match object.object {
-            Some(object::Object::Cluster(cluster)) => self.cluster = Some(Arc::new(cluster)),
-            Some(object::Object::Node(node)) => {
-                let id = NodeId::from(&node.id);
+    fn restore(&mut self, object: Restored) -> Result<(), DecodeError> {
+        match object {
+            Restored::Cluster(cluster) => self.cluster = Some(cluster),
+            Restored::Node(id, node) => {
                 self.ipam.note_routes(&id, None, Some(&node));
-                self.nodes.insert(id, Arc::new(node));
+                self.nodes.insert(id, node);
             }
-            Some(object::Object::Network(network)) => self.restore_network(network)?,
-            Some(object::Object::Service(service)) => {
+            Restored::Network(network) => self.restore_network(network)?,
+            Restored::Service(id, service) => {
                 let vips = service
                     .endpoint
                     .iter()
@@ -160,10 +175,9 @@ impl State {
                     }
                 }
                 self.index_service(&service);
-                self.services
-                    .insert(ServiceId::from(&service.id), Arc::new(service));
+                self.services.insert(id, service);
             }
-            Some(object::Object::Task(task)) => {
+            Restored::Task(id, task) => {
                 if holds_addresses(&task) {
                     for attachment in &task.networks {
                         for address in &attachment.addresses {
@@ -173,11 +187,9 @@ impl State {
                         }
                     }
                 }
-                let id = TaskId::from(&task.id);
                 self.index_task(&id, &task, None);
-                self.tasks.insert(id, Arc::new(task));
+                self.tasks.insert(id, task);
             }
-            None => return Err(damaged("an object of an unknown kind")),
         }
         Ok(())
     }
@@ -200,44 +212,183 @@ fn damaged_address(kind: &str, id: &str, address: &str) -> DecodeError {
     DecodeError::Damaged(format!("{address} of {kind} {id} is not free"))
 }
 
-fn read_record(
-    from: &mut impl Read,
-    buffer: &mut Vec<u8>,
-) -> Result<snapshot_record::Record, DecodeError> {
-    let length = read_length(from)?;
-    buffer.clear();
-    from.by_ref().take(length).read_to_end(buffer)?;
-    if buffer.len() as u64 != length {
-        return Err(damaged("it is cut off"));
-    }
-    let record = SnapshotRecord::decode(&buffer[..]);
-    let record = record.map_err(|error| DecodeError::Damaged(error.to_string()))?;
-    let record = record.record;
-    record.ok_or_else(|| damaged("a record of an unknown kind"))
+/// An object as the state holds it.
+enum Restored {
+    Cluster(Arc<Cluster>),
+    Node(NodeId, Arc<Node>),
+    Network(Network),
+    Service(ServiceId, Arc<Service>),
+    Task(TaskId, Arc<Task>),
 }
 
-fn read_length(from: &mut impl Read) -> Result<u64, DecodeError> {
+/// A record as it is put into the state.
+enum Record {
+    Header(SnapshotHeader),
+    Object(Restored),
+    Cursors(SnapshotCursors),
+    Waiter(SnapshotWaiter),
+    End(SnapshotEnd),
+}
+
+/// A state that is being put together.
+struct Restoring {
+    state: State,
+    /// Between header and end.
+    records: u64,
+    ended: bool,
+}
+
+impl Restoring {
+    /// Begins with the header.
+    fn new(first: Record) -> Result<Self, DecodeError> {
+        let Record::Header(header) = first else {
+            return Err(damaged("it does not begin with a header"));
+        };
+        if header.format > FORMAT {
+            return Err(DecodeError::Newer {
+                found: header.format,
+                known: FORMAT,
+            });
+        }
+        let mut state = State {
+            index: header.index,
+            term: header.term,
+            ..State::default()
+        };
+        state.ipam.restore_next_turn(header.turns);
+        Ok(Self {
+            state,
+            records: 0,
+            ended: false,
+        })
+    }
+
+    fn take(&mut self, records: Vec<Record>) -> Result<(), DecodeError> {
+        let mut records = records.into_iter();
+        records.try_for_each(|record| self.take_one(record))
+    }
+
+    fn take_one(&mut self, record: Record) -> Result<(), DecodeError> {
+        if self.ended {
+            return Err(damaged("something follows its end"));
+        }
+        match record {
+            Record::Header(_) => return Err(damaged("two headers")),
+            Record::Object(object) => self.state.restore(object)?,
+            Record::Cursors(cursors) => {
+                let ipam = &mut self.state.ipam;
+                ipam.restore_cursors(&cursors.network_id, &cursors.next);
+            }
+            Record::Waiter(waiter) => {
+                let wanted = waiter.r#ref.unwrap_or_default();
+                let who = match wanted.kind() {
+                    ObjectKind::Task => Waiter::Task(TaskId::from(wanted.id)),
+                    ObjectKind::Service => Waiter::Service(ServiceId::from(wanted.id)),
+                    _ => return Err(damaged("a waiter of an unknown kind")),
+                };
+                let network = NetworkId::from(waiter.network_id);
+                let ipam = &mut self.state.ipam;
+                ipam.restore_waiting(who, network, waiter.turn);
+            }
+            Record::End(end) if end.records == self.records => self.ended = true,
+            Record::End(_) => return Err(damaged("records are missing")),
+        }
+        self.records += 1;
+        Ok(())
+    }
+
+    fn finish(self) -> Result<State, DecodeError> {
+        match self.ended {
+            true => Ok(self.state),
+            false => Err(damaged("it is cut off")),
+        }
+    }
+}
+
+/// Whole records, in parts that are decoded in one go.
+fn parts(bytes: &[u8]) -> Result<Vec<&[u8]>, DecodeError> {
+    let mut parts = Vec::new();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let part = rest;
+        let mut length = 0;
+        while length < PART && !rest.is_empty() {
+            let (_, after) = split_record(rest)?;
+            length += rest.len() - after.len();
+            rest = after;
+        }
+        parts.push(&part[..length]);
+    }
+    Ok(parts)
+}
+
+/// All records of a part.
+fn records(mut part: &[u8]) -> Result<Vec<Record>, DecodeError> {
+    let mut records = Vec::new();
+    while !part.is_empty() {
+        let (record, rest) = split_record(part)?;
+        records.push(read_record(record)?);
+        part = rest;
+    }
+    Ok(records)
+}
+
+fn read_record(record: &[u8]) -> Result<Record, DecodeError> {
+    use snapshot_record::Record as Read;
+    let record = SnapshotRecord::decode(record);
+    let record = record.map_err(|error| DecodeError::Damaged(error.to_string()))?;
+    Ok(match record.record {
+        Some(Read::Header(header)) => Record::Header(header),
+        Some(Read::Object(object)) => Record::Object(read_object(object)?),
+        Some(Read::Cursors(cursors)) => Record::Cursors(cursors),
+        Some(Read::Waiter(waiter)) => Record::Waiter(waiter),
+        Some(Read::End(end)) => Record::End(end),
+        None => return Err(damaged("a record of an unknown kind")),
+    })
+}
+
+fn read_object(object: Object) -> Result<Restored, DecodeError> {
+    use object::Object as Read;
+    Ok(match object.object {
+        Some(Read::Cluster(cluster)) => Restored::Cluster(Arc::new(cluster)),
+        Some(Read::Node(node)) => Restored::Node(NodeId::from(&node.id), Arc::new(node)),
+        Some(Read::Network(network)) => Restored::Network(network),
+        Some(Read::Service(service)) => {
+            Restored::Service(ServiceId::from(&service.id), Arc::new(service))
+        }
+        Some(Read::Task(task)) => Restored::Task(TaskId::from(&task.id), Arc::new(task)),
+        None => return Err(damaged("an object of an unknown kind")),
+    })
+}
+
+/// The first record, without its length, and what follows it.
+fn split_record(bytes: &[u8]) -> Result<(&[u8], &[u8]), DecodeError> {
     let mut length = 0u64;
-    for shift in (0..=28).step_by(7) {
-        let mut byte = [0];
-        from.read_exact(&mut byte)
-            .map_err(|error| match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => damaged("it is cut off"),
-                _ => DecodeError::Io(error),
-            })?;
-        length |= u64::from(byte[0] & 0x7f) << shift;
-        if byte[0] & 0x80 == 0 {
-            return match length <= RECORD_MAX {
-                true => Ok(length),
-                false => Err(damaged("a record is too long")),
-            };
+    for place in 0..5 {
+        let byte = *bytes.get(place).ok_or_else(|| damaged("it is cut off"))?;
+        length |= u64::from(byte & 0x7f) << (7 * place);
+        if byte & 0x80 == 0 {
+            if length > RECORD_MAX {
+                break;
+            }
+            let rest = &bytes[place + 1..];
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            let split = rest.split_at_checked(length);
+            return split.ok_or_else(|| damaged("it is cut off"));
         }
     }
     Err(damaged("a record is too long"))
 }
 
-impl Encoder {
-    fn put(&mut self, chunk: &mut BytesMut, record: snapshot_record::Record) {
+/// Writes records, each behind its length.
+struct Encoder<'a> {
+    bytes: &'a mut Vec<u8>,
+    /// But header and end.
+    records: u64,
+}
+
+impl Encoder<'_> {
+    fn put(&mut self, record: snapshot_record::Record) {
         if !matches!(
             record,
             snapshot_record::Record::Header(_) | snapshot_record::Record::End(_)
@@ -248,121 +399,19 @@ impl Encoder {
             record: Some(record),
         };
         record
-            .encode_length_delimited(chunk)
+            .encode_length_delimited(self.bytes)
             .expect("the buffer grows as needed");
     }
 
     /// As `put` does with a record that holds a copy of the object.
-    fn put_object(&mut self, chunk: &mut BytesMut, field: u32, object: &impl Message) {
+    fn put_object(&mut self, field: u32, object: &impl Message) {
         self.records += 1;
         let object_len = message::encoded_len(field, object);
         let record_len =
             key_len(RECORD_OBJECT) + encoded_len_varint(object_len as u64) + object_len;
-        encode_varint(record_len as u64, chunk);
-        encode_key(RECORD_OBJECT, WireType::LengthDelimited, chunk);
-        encode_varint(object_len as u64, chunk);
-        message::encode(field, object, chunk);
-    }
-
-    /// Writes until the chunk is full or the step is done.
-    fn advance(&mut self, chunk: &mut BytesMut) {
-        macro_rules! objects {
-            ($map:ident, $after:expr, $field:expr, $this:path, $next:expr) => {{
-                let all = self.state.$map.clone();
-                let from = $after.map_or(Bound::Unbounded, Bound::Excluded);
-                let rest = all.range((from, Bound::Unbounded));
-                for (id, object) in rest {
-                    self.put_object(chunk, $field, &**object);
-                    if chunk.len() >= CHUNK {
-                        self.step = $this(Some(id.clone()));
-                        return;
-                    }
-                }
-                self.step = $next;
-            }};
-        }
-        match std::mem::replace(&mut self.step, Step::Done) {
-            Step::Header => {
-                let header = SnapshotHeader {
-                    format: FORMAT,
-                    index: self.state.index,
-                    term: self.state.term,
-                    turns: self.state.ipam.next_turn(),
-                };
-                self.put(chunk, snapshot_record::Record::Header(header));
-                if let Some(cluster) = self.state.cluster.clone() {
-                    self.put_object(chunk, fields::CLUSTER, &*cluster);
-                }
-                self.step = Step::Nodes(None);
-            }
-            Step::Nodes(after) => {
-                objects!(
-                    nodes,
-                    after,
-                    fields::NODE,
-                    Step::Nodes,
-                    Step::Networks(None)
-                );
-            }
-            Step::Networks(after) => objects!(
-                networks,
-                after,
-                fields::NETWORK,
-                Step::Networks,
-                Step::Services(None)
-            ),
-            Step::Services(after) => objects!(
-                services,
-                after,
-                fields::SERVICE,
-                Step::Services,
-                Step::Tasks(None)
-            ),
-            Step::Tasks(after) => {
-                objects!(tasks, after, fields::TASK, Step::Tasks, Step::Rest);
-            }
-            Step::Rest => {
-                let ipam = self.state.ipam.clone();
-                for (network, next) in ipam.cursors() {
-                    let cursors = SnapshotCursors {
-                        network_id: network.to_string(),
-                        next,
-                    };
-                    self.put(chunk, snapshot_record::Record::Cursors(cursors));
-                }
-                for (who, network, turn) in ipam.waiting() {
-                    let (kind, id) = match who {
-                        Waiter::Task(id) => (ObjectKind::Task, id.to_string()),
-                        Waiter::Service(id) => (ObjectKind::Service, id.to_string()),
-                    };
-                    let waiter = SnapshotWaiter {
-                        turn,
-                        network_id: network.to_string(),
-                        r#ref: Some(ObjectRef {
-                            kind: kind.into(),
-                            id,
-                        }),
-                    };
-                    self.put(chunk, snapshot_record::Record::Waiter(waiter));
-                }
-                let end = SnapshotEnd {
-                    records: self.records,
-                };
-                self.put(chunk, snapshot_record::Record::End(end));
-            }
-            Step::Done => {}
-        }
-    }
-}
-
-impl Iterator for Encoder {
-    type Item = Bytes;
-
-    fn next(&mut self) -> Option<Bytes> {
-        let mut chunk = BytesMut::with_capacity(CHUNK + (CHUNK >> 2));
-        while chunk.len() < CHUNK && !matches!(self.step, Step::Done) {
-            self.advance(&mut chunk);
-        }
-        (!chunk.is_empty()).then(|| chunk.freeze())
+        encode_varint(record_len as u64, self.bytes);
+        encode_key(RECORD_OBJECT, WireType::LengthDelimited, self.bytes);
+        encode_varint(object_len as u64, self.bytes);
+        message::encode(field, object, self.bytes);
     }
 }

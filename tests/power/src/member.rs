@@ -241,8 +241,6 @@ async fn raft(job: RaftJob, mut commands: Lines<BufReader<Stdin>>) -> Result<()>
             }
             "state" => {
                 let state = member.store().wait_for(argument.parse()?).await;
-                let mut hash = Sha256::new();
-                state.encode().for_each(|chunk| hash.update(&chunk));
                 let have: Vec<String> = state
                     .networks()
                     .filter_map(|network| network.id.strip_prefix("net").map(str::to_owned))
@@ -250,7 +248,7 @@ async fn raft(job: RaftJob, mut commands: Lines<BufReader<Stdin>>) -> Result<()>
                 say(&format!(
                     "state {} {} {}",
                     state.index(),
-                    hex::encode(hash.finalize()),
+                    hex::encode(Sha256::digest(state.encode())),
                     have.join(",")
                 ));
             }
