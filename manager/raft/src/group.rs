@@ -38,7 +38,7 @@ use crate::node::{Progress, RaftTiming};
 use crate::state_machine::StateMachine;
 use crate::transport::{EXPELLED, LEADER, Lane, Pool, REFUSED, leader_hint, not_done};
 use crate::types::{Command, LogId, Peer, TypeConfig};
-use crate::weight::{Due, Scales, Work};
+use crate::weight::{Due, Lull, Scales, Work};
 
 /// How long a proposal or a read looks for a leader.
 const NO_LEADER_PATIENCE: Duration = Duration::from_secs(10);
@@ -495,6 +495,7 @@ impl Group {
     pub(crate) async fn watch(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
         let mut asked = Work::default();
+        let mut lull = Lull::new();
         let mut cut = 0;
         loop {
             let (leadership, purged, snapshot, running) = {
@@ -522,7 +523,13 @@ impl Group {
                 let scales = self.scales.lock();
                 (scales.work(), scales.dispensable())
             };
-            if self.snapshot_due().is_due(asked, now) {
+            let due = self.snapshot_due();
+            let objects = self.store.state().objects() as u64;
+            let proportionate = due.in_proportion(self.scales.lock().snapshot_bytes(), objects);
+            // What it costs is no matter when there is nothing else to do.
+            if proportionate.is_due(asked, now)
+                || (lull.is(Instant::now(), asked, now) && due.is_due(asked, now))
+            {
                 asked = now;
                 let _ = self.raft.trigger().snapshot().await;
             }
@@ -570,11 +577,10 @@ impl Group {
         let entries = spec
             .and_then(|spec| spec.snapshot_interval)
             .filter(|&interval| interval > 0);
-        let due = Due {
+        Due {
             entries: entries.unwrap_or(self.snapshot_due.entries),
             ..self.snapshot_due
-        };
-        due.in_proportion(self.scales.lock().snapshot_bytes(), state.objects() as u64)
+        }
     }
 
     fn leadership_of(&self, metrics: &RaftMetrics<TypeConfig>) -> Leadership {

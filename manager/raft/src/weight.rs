@@ -5,6 +5,9 @@
 //! objects, which a manager that starts again has to make once more. Pure.
 
 use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// Where in the log the bytes are is known in so many steps of what is kept.
 const STEPS: u64 = 64;
@@ -41,6 +44,38 @@ impl Due {
         now.index >= before.index.saturating_add(self.entries)
             || now.bytes >= before.bytes.saturating_add(self.bytes)
             || now.changes >= before.changes.saturating_add(self.changes)
+    }
+}
+
+/// Sees when so little happens that a snapshot holds nobody up.
+#[derive(Debug)]
+pub(crate) struct Lull {
+    /// When work was looked at last, and what was done then.
+    looked: Option<(Instant, u64)>,
+}
+
+impl Lull {
+    /// How long there must be next to nothing to do.
+    const LASTS: Duration = Duration::from_secs(5);
+    /// Next to nothing: such a part of what a snapshot would save a manager that starts again.
+    const PART: u64 = 1024;
+
+    pub(crate) fn new() -> Self {
+        Self { looked: None }
+    }
+
+    /// Whether there is one now. The last snapshot was asked for at `before`.
+    pub(crate) fn is(&mut self, at: Instant, before: Work, now: Work) -> bool {
+        let Some((since, changes)) = self.looked else {
+            self.looked = Some((at, now.changes));
+            return false;
+        };
+        if at.saturating_duration_since(since) < Self::LASTS {
+            return false;
+        }
+        self.looked = Some((at, now.changes));
+        let saved = now.changes.saturating_sub(before.changes);
+        now.changes - changes <= saved / Self::PART
     }
 }
 
@@ -138,6 +173,25 @@ mod tests {
         assert!(large.is_due(before, after(1, 5000, 0)));
         assert!(large.is_due(before, after(1, 0, 700)));
         assert!(large.is_due(before, after(100, 0, 0)));
+    }
+
+    #[test]
+    fn a_lull_is_when_next_to_nothing_has_happened_for_a_while() {
+        let mut lull = Lull::new();
+        let begin = Instant::now();
+        let mut look = |seconds, changes| {
+            let now = Work {
+                changes,
+                ..Work::default()
+            };
+            lull.is(begin + Duration::from_secs(seconds), Work::default(), now)
+        };
+        assert!(!look(0, 100_000));
+        assert!(!look(4, 100_000), "too short");
+        assert!(look(5, 100_050));
+        assert!(!look(6, 100_050), "too soon after the last look");
+        assert!(!look(10, 102_000), "too busy");
+        assert!(look(15, 102_000));
     }
 
     proptest::proptest! {
