@@ -707,6 +707,52 @@ mod tests {
         busy.abort();
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_behind_many_that_no_node_takes_is_placed() {
+        let consensus = cluster_of(10);
+        let wants = |id: &str, label: &str| {
+            let mut service = testing::service(id, id, &[]);
+            let spec = service.spec.as_mut().unwrap();
+            spec.mode = crate::world::replicated(1);
+            let placement = spec
+                .task
+                .as_mut()
+                .unwrap()
+                .placement
+                .get_or_insert_default();
+            placement.constraints = vec![format!("node.labels.has=={label}")];
+            testing::create(service)
+        };
+        let never = (0..30).map(|number| wants(&format!("a{number}"), "nobody"));
+        consensus.write(never.chain([wants("z", "one")])).unwrap();
+        let leader = Leader::start(
+            consensus.clone(),
+            "local".into(),
+            test_clock(),
+            deciding_loops(),
+        );
+        let explained = |task: &Arc<Task>| task.status.as_ref().is_some_and(|s| !s.err.is_empty());
+        let all_wait = |state: &State| state.tasks().filter(|task| explained(task)).count() == 31;
+        let waiting = tokio::time::timeout(Duration::from_secs(60), until(&consensus, all_wait));
+        let state = waiting.await.expect("each is told why");
+        let mut node = (**state.node("n5").unwrap()).clone();
+        let annotations = node
+            .spec
+            .as_mut()
+            .unwrap()
+            .annotations
+            .get_or_insert_default();
+        annotations.labels.insert("has".into(), "one".into());
+        consensus.write([testing::update(node)]).unwrap();
+        let placed = until(&consensus, |state| {
+            state.tasks_of_service("z").any(|task| task.node_id == "n5")
+        });
+        tokio::time::timeout(Duration::from_secs(60), placed)
+            .await
+            .expect("it is tried");
+        leader.stop().await;
+    }
+
     #[tokio::test]
     async fn a_group_that_is_refused_does_not_hold_up_the_others() {
         let consensus = cluster_of(1);

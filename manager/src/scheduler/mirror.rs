@@ -30,7 +30,7 @@ const FAILURES_KEPT: usize = 4096;
 /// Tasks that are decided on in one pass; the rest follow in the next.
 const PASS_MAX: usize = 4096;
 /// Nodes that are looked at for them, over all services: after so many a pass ends as well.
-const VISITS_MAX: usize = 500_000;
+const VISITS_MAX: usize = if cfg!(test) { 50 } else { 500_000 };
 /// Tasks that one action assigns.
 const ASSIGN_MAX: usize = 500;
 /// Code of the reason of a task that no node takes.
@@ -117,6 +117,8 @@ pub struct Scheduler {
     waiting: BTreeMap<GroupKey, Waiting>,
     /// A node has changed or has more room: whoever waits is tried again.
     try_all: bool,
+    /// The last pass has ended before all were tried who are to be.
+    was_cut: bool,
 }
 
 /// What a pass has decided so far.
@@ -372,8 +374,10 @@ impl Scheduler {
             }
         }
         let mut pass = Pass::default();
+        self.was_cut = false;
         for key in keys {
             if pass.is_full() {
+                self.was_cut = true;
                 if let Some(waiting) = self.waiting.get_mut(&key) {
                     waiting.fresh = true;
                 }
@@ -383,6 +387,11 @@ impl Scheduler {
             pass.visits += self.nodes.len();
         }
         pass.finish()
+    }
+
+    /// Whether there is more to decide, although nothing has changed.
+    pub(crate) fn was_cut(&self) -> bool {
+        self.was_cut
     }
 
     fn decide_group(&mut self, key: &GroupKey, state: &State, now: Duration, pass: &mut Pass) {

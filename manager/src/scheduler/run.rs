@@ -47,8 +47,10 @@ pub(crate) async fn run(context: LoopContext) {
             }
         }
         let fed = tokio::select! {
+            biased;
             () = context.cancel.cancelled() => return,
             fed = feed.next(&context) => fed,
+            () = tokio::task::yield_now(), if scheduler.was_cut() => continue,
         };
         let Some(changes) = fed else { return };
         let observe = |_: &State, events: &[Event]| scheduler.observe(events);
