@@ -160,7 +160,7 @@ impl State {
                 self.ipam.note_routes(&id, None, Some(&node));
                 self.nodes.insert(id, node);
             }
-            Restored::Network(network) => self.restore_network(network)?,
+            Restored::Network(id, network) => self.restore_network(id, network)?,
             Restored::Service(id, service) => {
                 let vips = service
                     .endpoint
@@ -194,12 +194,11 @@ impl State {
         Ok(())
     }
 
-    fn restore_network(&mut self, network: Network) -> Result<(), DecodeError> {
+    fn restore_network(&mut self, id: NetworkId, network: Arc<Network>) -> Result<(), DecodeError> {
         let restored = self.ipam.restore_network(&network);
         restored.map_err(|rejection| DecodeError::Damaged(rejection.message))?;
         self.index_network(&network);
-        self.networks
-            .insert(NetworkId::from(&network.id), Arc::new(network));
+        self.networks.insert(id, network);
         Ok(())
     }
 }
@@ -216,7 +215,7 @@ fn damaged_address(kind: &str, id: &str, address: &str) -> DecodeError {
 enum Restored {
     Cluster(Arc<Cluster>),
     Node(NodeId, Arc<Node>),
-    Network(Network),
+    Network(NetworkId, Arc<Network>),
     Service(ServiceId, Arc<Service>),
     Task(TaskId, Arc<Task>),
 }
@@ -352,7 +351,9 @@ fn read_object(object: Object) -> Result<Restored, DecodeError> {
     Ok(match object.object {
         Some(Read::Cluster(cluster)) => Restored::Cluster(Arc::new(cluster)),
         Some(Read::Node(node)) => Restored::Node(NodeId::from(&node.id), Arc::new(node)),
-        Some(Read::Network(network)) => Restored::Network(network),
+        Some(Read::Network(network)) => {
+            Restored::Network(NetworkId::from(&network.id), Arc::new(network))
+        }
         Some(Read::Service(service)) => {
             Restored::Service(ServiceId::from(&service.id), Arc::new(service))
         }
