@@ -188,7 +188,8 @@ pub(crate) fn unseal(sealer: &Sealer, file: &[u8]) -> Result<Vec<u8>, String> {
     sealer.open(MAGIC, sealed).map_err(|e| e.to_string())
 }
 
-/// What a snapshot begins with; the encoded state follows. There is `room` for a state: one of a million tasks has hundreds of megabytes, which are not to be copied once more.
+/// What a snapshot begins with; the encoded state follows. There is `room` for a state: one of a million tasks
+/// has hundreds of megabytes, which are not to be copied once more.
 pub(crate) fn begin(meta: &SnapshotMeta, room: usize) -> Result<Vec<u8>, CodecError> {
     let meta = encode(meta)?;
     let length = u32::try_from(meta.len()).unwrap_or(u32::MAX).to_le_bytes();

@@ -222,6 +222,16 @@ fn table(state: &State, network: &NetworkId) -> Vec<AssignmentChange> {
 /// A task as it was held and as it is to be held; `None` = not.
 type TaskChange = (Option<Arc<Task>>, Option<Arc<Task>>);
 
+/// As tasks were before the first of several changes and are after the last.
+type TaskChanges = BTreeMap<TaskId, TaskChange>;
+
+/// Adds a change that follows those that are there.
+fn merge(changes: &mut TaskChanges, id: TaskId, old: &Option<Arc<Task>>, new: &Option<Arc<Task>>) {
+    let known = changes.entry(id);
+    let known = known.or_insert_with(|| (old.clone(), None));
+    known.1.clone_from(new);
+}
+
 /// A row of the table of a network, or the network itself: in the order in which changes are sent.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Row {
@@ -250,8 +260,7 @@ impl Delta {
     #[must_use]
     pub fn new(prior: &State, changes: &[Change]) -> Option<Self> {
         let next = changes.last()?.state.clone();
-        // As they were before the first change and are after the last.
-        let mut tasks: BTreeMap<TaskId, TaskChange> = BTreeMap::new();
+        let mut tasks = TaskChanges::new();
         let mut rows = Rows::new();
         let mut touch = |network: NetworkId, row: Row| {
             rows.entry(network).or_default().insert(row);
@@ -259,11 +268,7 @@ impl Delta {
         for event in changes.iter().flat_map(|change| change.events.iter()) {
             match event {
                 Event::Task { old, new } => {
-                    let change = tasks.entry(TaskId::from(event.id()));
-                    change
-                        .or_insert_with(|| (old.clone(), None))
-                        .1
-                        .clone_from(new);
+                    merge(&mut tasks, TaskId::from(event.id()), old, new);
                     for task in old.iter().chain(new) {
                         networks_of(task).for_each(|n| touch(n, Row::Endpoint((&task.id).into())));
                     }
@@ -526,7 +531,7 @@ fn differs(change: &TaskChange) -> bool {
 #[derive(Debug)]
 pub struct Missed {
     since: Arc<State>,
-    own: BTreeMap<TaskId, TaskChange>,
+    own: TaskChanges,
 }
 
 impl Missed {
@@ -535,21 +540,16 @@ impl Missed {
     pub fn since(state: Arc<State>) -> Self {
         Self {
             since: state,
-            own: BTreeMap::new(),
+            own: TaskChanges::new(),
         }
     }
 
     /// Every delta that concerns the node, one after the other.
     pub fn add(&mut self, delta: &Delta, node: &NodeId) {
         for (old, new) in delta.tasks.get(node).into_iter().flatten() {
-            let Some(task) = new.as_ref().or(old.as_ref()) else {
-                continue;
-            };
-            let known = self.own.entry(TaskId::from(&task.id));
-            known
-                .or_insert_with(|| (old.clone(), None))
-                .1
-                .clone_from(new);
+            if let Some(task) = new.as_ref().or(old.as_ref()) {
+                merge(&mut self.own, TaskId::from(&task.id), old, new);
+            }
         }
     }
 }
