@@ -23,8 +23,8 @@ use swarm_proto::defaults::{
 use swarm_proto::v1::liveness_client::LivenessClient;
 use swarm_proto::v1::liveness_server;
 use swarm_proto::v1::{
-    LivenessAck, LivenessReport, NodeObservation, NodeRole, NodeState, NodeStatus, StoreAction,
-    store_action,
+    LivenessAck, LivenessReport, Node, NodeObservation, NodeRole, NodeState, NodeStatus,
+    StoreAction, store_action,
 };
 use swarm_store::{Consensus, Leadership, State};
 use tokio::sync::{Notify, watch};
@@ -53,6 +53,12 @@ const REPORT_MAX: usize = 100_000;
 const TOGETHER: Duration = Duration::from_millis(5);
 /// What an agent needs to register with another manager, and that one to report it.
 const REGISTERED: Duration = Duration::from_millis(250);
+/// Of nodes that fall silent, so many are Down at once,
+const AT_ONCE: u32 = 50;
+/// and after them so many a second, or this part of the cluster if that is more. What nobody hears is the cluster
+/// itself then, rather than so many machines, and moving all their tasks would keep it from hearing them.
+const DOWN_PER_SECOND: u32 = 10;
+const DOWN_PART_PER_SECOND: u32 = 200;
 /// What a node is told in its status when nobody hears it.
 const SILENT: &str = "heartbeat failure";
 /// What it is told when it has said goodbye.
@@ -115,6 +121,33 @@ pub struct Tracker {
     due: Option<Instant>,
     /// What the nodes that are there when this leader begins are given beyond a grace period.
     extra: Duration,
+    doubt: Doubt,
+}
+
+/// How many of those that fall silent are Down so far. Many at once have some time more each to be heard.
+#[derive(Debug, Default)]
+struct Doubt {
+    /// When those that were Down would have been spread evenly.
+    until: Option<Instant>,
+}
+
+impl Doubt {
+    /// How many of `silent`, in a cluster of `nodes`, are Down now; and when the next may be, if that is not all.
+    fn admit(&mut self, silent: usize, nodes: usize, now: Instant) -> (usize, Option<Instant>) {
+        let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
+        let silent = u32::try_from(silent).unwrap_or(u32::MAX);
+        let each = Duration::from_secs(1) / DOWN_PER_SECOND.max(nodes / DOWN_PART_PER_SECOND);
+        let ahead = each * AT_ONCE;
+        let from = self.until.unwrap_or(now).max(now);
+        let free = (now + ahead).saturating_duration_since(from);
+        let free = u32::try_from(free.as_nanos() / each.as_nanos()).unwrap_or(u32::MAX);
+        let admitted = silent.min(free);
+        let until = from + each * admitted;
+        self.until = Some(until);
+        let next = until + each;
+        let next = (admitted < silent).then(|| next.checked_sub(ahead).unwrap_or(now));
+        (admitted as usize, next)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -142,6 +175,8 @@ pub struct Verdict {
     pub observations: Vec<NodeObservation>,
     /// When the next node would be silent for too long.
     pub next: Option<Instant>,
+    /// Nodes that are, and are not Down yet because so many are.
+    pub doubted: usize,
 }
 
 impl Tracker {
@@ -212,6 +247,7 @@ impl Tracker {
         let silent = self.silent_managers(state, period, now);
         let mut verdict = Verdict::default();
         let extra = std::mem::take(&mut self.extra);
+        let mut falling_silent = Vec::new();
         for node in state.nodes() {
             if !self.nodes.contains_key(node.id.as_str()) {
                 let unheard = Known {
@@ -239,6 +275,10 @@ impl Tracker {
             };
             let (wanted, message) = match known.seen {
                 Seen::Left => (NodeState::Down, LEFT),
+                _ if silent_at <= now && stored != NodeState::Down => {
+                    falling_silent.push((silent_at, node));
+                    continue;
+                }
                 _ if silent_at <= now => (NodeState::Down, SILENT),
                 Seen::Heard => (NodeState::Ready, ""),
                 Seen::NotYet => (stored, ""),
@@ -252,16 +292,20 @@ impl Tracker {
                 verdict.next = Some(verdict.next.map_or(silent_at, |next| next.min(silent_at)));
             }
             if wanted != stored {
-                verdict.observations.push(NodeObservation {
-                    node_id: node.id.clone(),
-                    status: Some(NodeStatus {
-                        state: wanted.into(),
-                        message: message.into(),
-                        addr: String::new(),
-                    }),
-                    description: None,
-                });
+                verdict.observations.push(observed(node, wanted, message));
             }
+        }
+        falling_silent.sort_by_key(|(silent_at, _)| *silent_at);
+        let nodes = state.nodes().count();
+        let (admitted, next) = self.doubt.admit(falling_silent.len(), nodes, now);
+        verdict.doubted = falling_silent.len() - admitted;
+        verdict.next = verdict.next.into_iter().chain(next).min();
+        for (_, node) in falling_silent.into_iter().take(admitted) {
+            if let Some(known) = self.nodes.get_mut(node.id.as_str()) {
+                known.seen = Seen::NotYet;
+            }
+            let observation = observed(node, NodeState::Down, SILENT);
+            verdict.observations.push(observation);
         }
         self.due = verdict.next;
         verdict
@@ -285,6 +329,18 @@ impl Tracker {
             .iter()
             .filter(|(_, at)| now >= **at + patience);
         silent.map(|(id, _)| id.clone()).collect()
+    }
+}
+
+fn observed(node: &Node, state: NodeState, message: &str) -> NodeObservation {
+    NodeObservation {
+        node_id: node.id.clone(),
+        status: Some(NodeStatus {
+            state: state.into(),
+            message: message.into(),
+            addr: String::new(),
+        }),
+        description: None,
     }
 }
 
@@ -636,11 +692,19 @@ impl Liveness {
 
     async fn judge_until_cancelled(&self, context: &LoopContext) {
         let mut feed = Feed::new(context);
+        let mut doubting = false;
         loop {
             let verdict = match self.shared.tracker.lock().as_mut() {
                 Some(tracker) => tracker.judge(feed.state(), now()),
                 None => return,
             };
+            if verdict.doubted > 0 && !doubting {
+                tracing::warn!(
+                    nodes = verdict.doubted,
+                    "many nodes are silent at once: they become Down one after the other while nobody hears them"
+                );
+            }
+            doubting = verdict.doubted > 0;
             for observation in &verdict.observations {
                 let state = observation
                     .status
@@ -959,6 +1023,51 @@ mod tests {
         // Came in time, and then died with a manager that works.
         assert_eq!(down.remove("w1"), Some(SECOND.mul_f64(4.5) + grace(SECOND)));
         assert_eq!(down, BTreeMap::new());
+    }
+
+    #[test]
+    fn of_many_that_fall_silent_at_once_few_are_down_each_second() {
+        let ids: Vec<String> = (0..400).map(|number| format!("w{number:03}")).collect();
+        let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+        let mut state = cluster_of(&ids);
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        for id in &ids {
+            tracker.heard((*id).into(), 0, &by(), start);
+        }
+        let mut now = start + 3 * SECOND;
+        let mut down = 0;
+        for second in 0..=10 {
+            // Whoever is heard again meanwhile was never Down.
+            for id in &ids[200..] {
+                tracker.heard((*id).into(), 0, &by(), now);
+            }
+            let until = now + SECOND;
+            while now < until {
+                let verdict = tracker.judge(&state, now);
+                down += verdict.observations.len();
+                assert!(
+                    verdict
+                        .observations
+                        .iter()
+                        .all(|seen| *seen.node_id < *ids[200])
+                );
+                assert!(down <= 50 + 10 * (second + 1), "{down} after {second} s");
+                assert_eq!(verdict.doubted, 200 - down);
+                state = after(&state, &verdict);
+                now = verdict.next.expect("others are silent later").min(until);
+            }
+            assert!(down >= 50 + 10 * second, "{down} after {second} s");
+        }
+        // After a while it is as before: a few are Down at once.
+        let state = cluster_of(&ids[..40]);
+        now += 10 * SECOND;
+        for id in &ids[..40] {
+            tracker.heard((*id).into(), 0, &by(), now);
+        }
+        assert_eq!(tracker.judge(&state, now).observations, []);
+        let verdict = tracker.judge(&state, now + 3 * SECOND);
+        assert_eq!((verdict.observations.len(), verdict.doubted), (40, 0));
     }
 
     #[test]
