@@ -26,6 +26,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".")
         // Maps in order: equal objects have equal bytes (snapshots, digests).
         .btree_map(".")
+        .boxed(".swarm.v1.ServiceSpec.task")
+        .boxed(".swarm.v1.Task.spec")
+        .boxed(".swarm.v1.Task.service_annotations")
         .compile_fds(descriptors)?;
+    share(&out.join("swarm.v1.rs"), 3)
+}
+
+/// Makes a `Shared` of every `Box`: a service's tasks hold its spec, and each state that is kept holds all tasks.
+/// prost can put a message into a box, and into nothing else.
+fn share(generated: &std::path::Path, expected: usize) -> Result<(), Box<dyn std::error::Error>> {
+    const BOX: &str = "::prost::alloc::boxed::Box<";
+    let code = std::fs::read_to_string(generated)?;
+    let found = code.matches(BOX).count();
+    if found != expected {
+        return Err(format!("{found} fields are in boxes instead of {expected}").into());
+    }
+    std::fs::write(generated, code.replace(BOX, "crate::Shared<"))?;
     Ok(())
 }

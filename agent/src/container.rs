@@ -109,7 +109,7 @@ pub fn container_config(
     let labels = [
         ("node.id", node.to_string()),
         ("service.id", task.service_id.clone()),
-        ("service.name", service.name),
+        ("service.name", service.name.clone()),
         ("task", String::new()),
         ("task.id", task.id.clone()),
         ("task.name", full_name(task)),
@@ -266,24 +266,30 @@ mod tests {
         Task {
             id: "abcdefghijklmnopqrstuvwxy".to_owned(),
             slot: 1,
-            service_annotations: Some(Annotations {
-                name: "web".to_owned(),
-                ..Default::default()
-            }),
+            service_annotations: Some(
+                Annotations {
+                    name: "web".to_owned(),
+                    ..Default::default()
+                }
+                .into(),
+            ),
             networks: vec![NetworkAttachment {
                 network_id: "net".to_owned(),
                 addresses: vec!["10.0.1.3/24".to_owned()],
                 ..Default::default()
             }],
-            spec: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    hosts: vec!["db:10.9.9.9".to_owned()],
-                    dns_search: vec!["example.org".to_owned()],
-                    dns_options: vec!["ndots:2".to_owned()],
+            spec: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        hosts: vec!["db:10.9.9.9".to_owned()],
+                        dns_search: vec!["example.org".to_owned()],
+                        dns_options: vec!["ndots:2".to_owned()],
+                        ..Default::default()
+                    }),
                     ..Default::default()
-                }),
-                ..Default::default()
-            }),
+                }
+                .into(),
+            ),
             ..Default::default()
         }
     }

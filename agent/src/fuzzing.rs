@@ -115,14 +115,17 @@ fn held_messages() -> Vec<Assignments> {
         service_id: "s1".into(),
         slot: 1,
         desired_state: TaskState::Running.into(),
-        spec: Some(TaskSpec {
-            container: Some(ContainerSpec {
-                image: "nginx".into(),
-                env: vec!["A=b".into()],
-                ..ContainerSpec::default()
-            }),
-            ..TaskSpec::default()
-        }),
+        spec: Some(
+            TaskSpec {
+                container: Some(ContainerSpec {
+                    image: "nginx".into(),
+                    env: vec!["A=b".into()],
+                    ..ContainerSpec::default()
+                }),
+                ..TaskSpec::default()
+            }
+            .into(),
+        ),
         networks: vec![NetworkAttachment {
             network_id: "n1".into(),
             addresses: vec!["10.9.0.3/24".into()],

@@ -752,13 +752,16 @@ mod tests {
     fn task(id: &str, env_bytes: usize) -> Arc<Task> {
         Arc::new(Task {
             id: id.to_owned(),
-            spec: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    env: vec!["x".repeat(env_bytes)],
+            spec: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        env: vec!["x".repeat(env_bytes)],
+                        ..Default::default()
+                    }),
                     ..Default::default()
-                }),
-                ..Default::default()
-            }),
+                }
+                .into(),
+            ),
             ..Default::default()
         })
     }

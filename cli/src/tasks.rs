@@ -296,10 +296,13 @@ mod tests {
             id: id.to_owned(),
             slot,
             service_id: "s".to_owned(),
-            service_annotations: Some(Annotations {
-                name: "web".to_owned(),
-                ..Annotations::default()
-            }),
+            service_annotations: Some(
+                Annotations {
+                    name: "web".to_owned(),
+                    ..Annotations::default()
+                }
+                .into(),
+            ),
             meta: Some(Meta {
                 created_at: Some(Timestamp {
                     seconds: created,

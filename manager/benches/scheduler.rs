@@ -149,7 +149,7 @@ fn run(shape: &Shape) {
         let template = Task {
             spec: spec.task.clone(),
             service_id,
-            service_annotations: spec.annotations.clone(),
+            service_annotations: spec.annotations.clone().map(Into::into),
             desired_state: swarm_proto::v1::TaskState::Running.into(),
             ..Task::default()
         };

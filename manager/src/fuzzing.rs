@@ -365,23 +365,26 @@ pub mod seeds {
                 name: name.to_owned(),
                 ..Annotations::default()
             }),
-            task: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    image: "nginx".to_owned(),
-                    env: vec!["A=b".to_owned()],
-                    stop_signal: "RTMAX-1".to_owned(),
-                    ..ContainerSpec::default()
-                }),
-                placement: Some(Placement {
-                    constraints: vec!["node.role!=manager".to_owned()],
-                    ..Placement::default()
-                }),
-                networks: vec![NetworkAttachmentConfig {
-                    target: "n1".to_owned(),
-                    ..NetworkAttachmentConfig::default()
-                }],
-                ..TaskSpec::default()
-            }),
+            task: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        image: "nginx".to_owned(),
+                        env: vec!["A=b".to_owned()],
+                        stop_signal: "RTMAX-1".to_owned(),
+                        ..ContainerSpec::default()
+                    }),
+                    placement: Some(Placement {
+                        constraints: vec!["node.role!=manager".to_owned()],
+                        ..Placement::default()
+                    }),
+                    networks: vec![NetworkAttachmentConfig {
+                        target: "n1".to_owned(),
+                        ..NetworkAttachmentConfig::default()
+                    }],
+                    ..TaskSpec::default()
+                }
+                .into(),
+            ),
             mode: Some(ServiceMode {
                 mode: Some(service_mode::Mode::Replicated(ReplicatedMode {
                     replicas: Some(2),

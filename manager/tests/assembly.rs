@@ -78,13 +78,16 @@ impl Bench {
                 name: name.to_owned(),
                 ..Default::default()
             }),
-            task: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    image: "nginx".to_owned(),
+            task: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        image: "nginx".to_owned(),
+                        ..Default::default()
+                    }),
                     ..Default::default()
-                }),
-                ..Default::default()
-            }),
+                }
+                .into(),
+            ),
             ..Default::default()
         };
         let created = self

@@ -11,6 +11,7 @@ pub mod image;
 #[cfg(feature = "museum")]
 pub mod museum;
 pub mod names;
+mod shared;
 pub mod task_state;
 
 /// Messages and services generated from `proto/swarm/v1/*.proto`.
@@ -24,6 +25,7 @@ pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/swarm_descriptor.bin"));
 
 pub use id::{ClusterId, NetworkId, NodeId, ServiceId, SessionId, Siblings, TaskId};
+pub use shared::Shared;
 
 // Nothing in these is equal to all but itself, as a float may be. With that known, two `Arc`s of one object are
 // compared without a look at it: of two states, most objects are the same ones.

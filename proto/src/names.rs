@@ -35,10 +35,13 @@ mod tests {
         Task {
             id: "t1".to_owned(),
             service_id: "s1".to_owned(),
-            service_annotations: Some(Annotations {
-                name: "web".to_owned(),
-                ..Default::default()
-            }),
+            service_annotations: Some(
+                Annotations {
+                    name: "web".to_owned(),
+                    ..Default::default()
+                }
+                .into(),
+            ),
             slot,
             node_id: "n1".to_owned(),
             ..Default::default()

@@ -267,17 +267,23 @@ fn task(id: &str, slot: u64, desired: TaskState) -> Task {
         id: id.to_owned(),
         node_id: NODE.to_owned(),
         slot,
-        service_annotations: Some(Annotations {
-            name: "web".to_owned(),
-            ..Default::default()
-        }),
-        spec: Some(TaskSpec {
-            container: Some(ContainerSpec {
-                image: "nginx".to_owned(),
+        service_annotations: Some(
+            Annotations {
+                name: "web".to_owned(),
                 ..Default::default()
-            }),
-            ..Default::default()
-        }),
+            }
+            .into(),
+        ),
+        spec: Some(
+            TaskSpec {
+                container: Some(ContainerSpec {
+                    image: "nginx".to_owned(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }
+            .into(),
+        ),
         networks: vec![NetworkAttachment {
             network_id: "net".to_owned(),
             addresses: vec![format!("10.0.1.{}/24", slot + 2)],

@@ -64,7 +64,8 @@ fn row(service: &Service, whole: bool) -> Row {
     let task = spec.task.clone().unwrap_or_default();
     let status = service.status.unwrap_or_default();
     let mut replicas = format!("{}/{}", status.running_tasks, status.desired_tasks);
-    let most = task.placement.map_or(0, |placement| placement.max_replicas);
+    let most = task.placement.as_ref();
+    let most = most.map_or(0, |placement| placement.max_replicas);
     if most > 0 {
         replicas.push_str(&format!(" (max {most} per node)"));
     }
@@ -77,6 +78,8 @@ fn row(service: &Service, whole: bool) -> Row {
     } else {
         short(&service.id)
     };
+    let image = task.container.as_ref();
+    let image = image.map_or("", |container| &container.image);
     let annotations = spec.annotations.unwrap_or_default();
     let ports = service
         .endpoint
@@ -84,10 +87,7 @@ fn row(service: &Service, whole: bool) -> Row {
         .map_or(&[][..], |endpoint| &endpoint.ports);
     Row::new([
         ("ID", id.to_owned()),
-        (
-            "Image",
-            shown_image(&task.container.unwrap_or_default().image, false),
-        ),
+        ("Image", shown_image(image, false)),
         ("Mode", mode.to_owned()),
         ("Name", annotations.name),
         ("Ports", show_ports(ports)),

@@ -545,10 +545,13 @@ mod tests {
     #[test]
     fn tasks_of_the_old_spec_do_not_count() {
         let mut old = task("a", 1, 4, TaskState::Running);
-        old.spec = Some(swarm_proto::v1::TaskSpec {
-            force_update: 1,
-            ..Default::default()
-        });
+        old.spec = Some(
+            swarm_proto::v1::TaskSpec {
+                force_update: 1,
+                ..Default::default()
+            }
+            .into(),
+        );
         let progress = progress(service(5, Some(1)), vec![old]);
         assert!(!progress.view().converged);
     }

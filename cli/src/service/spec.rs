@@ -63,11 +63,14 @@ pub fn create(flags: &Create) -> Result<ServiceSpec, String> {
             name: flags.name.clone().unwrap_or_default(),
             labels: pairs(&flags.label)?,
         }),
-        task: Some(TaskSpec {
-            container: Some(container),
-            networks: each(&flags.network, flags::network)?,
-            ..TaskSpec::default()
-        }),
+        task: Some(
+            TaskSpec {
+                container: Some(container),
+                networks: each(&flags.network, flags::network)?,
+                ..TaskSpec::default()
+            }
+            .into(),
+        ),
         mode: Some(ServiceMode { mode: Some(mode) }),
         endpoint: (!ports.is_empty()).then(|| EndpointSpec {
             ports,

@@ -352,10 +352,13 @@ mod tests {
         ]);
         let task = Task {
             node_id: "w1".to_owned(),
-            service_annotations: Some(Annotations {
-                name: "web".to_owned(),
-                ..Default::default()
-            }),
+            service_annotations: Some(
+                Annotations {
+                    name: "web".to_owned(),
+                    ..Default::default()
+                }
+                .into(),
+            ),
             ..testing::task("t1", "s1", &[&network.id])
         };
         bench.write([create(task)]);

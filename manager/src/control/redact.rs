@@ -1,5 +1,6 @@
 //! Takes out of objects what no caller may see: keys, tokens, registry credentials.
 
+use swarm_proto::Shared;
 use swarm_proto::v1::{Cluster, Object, Service, ServiceSpec, Task, TaskSpec, object};
 
 pub(super) fn cluster(cluster: &mut Cluster) {
@@ -35,8 +36,12 @@ fn service_spec(spec: &mut ServiceSpec) {
     spec.task.iter_mut().for_each(task_spec);
 }
 
-fn task_spec(spec: &mut TaskSpec) {
-    if let Some(container) = &mut spec.container {
+fn task_spec(spec: &mut Shared<TaskSpec>) {
+    // Only where there is something to take out: to change it is to copy it.
+    let container = spec.container.as_ref();
+    if container.is_some_and(|container| container.pull_auth.is_some())
+        && let Some(container) = &mut spec.container
+    {
         container.pull_auth = None;
     }
 }

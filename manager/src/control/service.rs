@@ -551,7 +551,7 @@ mod tests {
             let state = bench.consensus.store().state();
             let service = state.service(id).unwrap().clone();
             let spec = service.spec.clone().unwrap();
-            spec.task.unwrap().container.unwrap().pull_auth
+            spec.task.unwrap().container.clone().unwrap().pull_auth
         };
         for (image, kept) in [
             ("reg:5000/web:2", Some(auth.clone())),

@@ -158,10 +158,13 @@ mod tests {
     fn task(id: &str, service_id: &str, service: &str, slot: u64) -> Task {
         Task {
             slot,
-            service_annotations: Some(Annotations {
-                name: service.to_owned(),
-                ..Default::default()
-            }),
+            service_annotations: Some(
+                Annotations {
+                    name: service.to_owned(),
+                    ..Default::default()
+                }
+                .into(),
+            ),
             ..testing::task(id, service_id, &[])
         }
     }

@@ -105,13 +105,16 @@ pub(super) fn service_spec(name: &str) -> ServiceSpec {
             name: name.to_owned(),
             ..Default::default()
         }),
-        task: Some(TaskSpec {
-            container: Some(ContainerSpec {
-                image: "nginx".to_owned(),
+        task: Some(
+            TaskSpec {
+                container: Some(ContainerSpec {
+                    image: "nginx".to_owned(),
+                    ..Default::default()
+                }),
                 ..Default::default()
-            }),
-            ..Default::default()
-        }),
+            }
+            .into(),
+        ),
         ..Default::default()
     }
 }

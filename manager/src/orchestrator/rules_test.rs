@@ -14,7 +14,7 @@ use swarm_proto::v1::{
 use crate::world::{BAD_IMAGE, World, container, global, placement, state_of, task_spec};
 
 fn image(task: &Task) -> String {
-    task.spec.clone().unwrap().container.unwrap().image
+    task.spec.clone().unwrap().container.clone().unwrap().image
 }
 
 fn live(world: &World, service: &str) -> Vec<Task> {

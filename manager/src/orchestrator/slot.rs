@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use swarm_proto::Shared;
 use swarm_proto::v1::{
-    CreateTasks, NewTask, RestartPolicy, Service, StoreAction, Task, TaskSpec, TaskState,
-    UpdateOrder, store_action,
+    CreateTasks, NewTask, RestartPolicy, Service, StoreAction, Task, TaskState, UpdateOrder,
+    store_action,
 };
 use swarm_store::State;
 
@@ -306,9 +307,11 @@ impl<'a> Pass<'a> {
             id,
             spec: spec
                 .and_then(|spec| spec.task.clone())
-                .or(Some(TaskSpec::default())),
+                .or_else(|| Some(Shared::default())),
             service_id: self.service.id.clone(),
-            service_annotations: spec.and_then(|spec| spec.annotations.clone()),
+            service_annotations: spec
+                .and_then(|spec| spec.annotations.clone())
+                .map(Shared::from),
             slot,
             node_id,
             desired_state: desired.into(),

@@ -16,10 +16,10 @@ use swarm_proto::v1::{
     AllocateRaftId, Annotations, AssignTasks, Cluster, CreateTasks, Endpoint, EndpointMode,
     ManagerStatus, Meta, Network, NetworkAttachment, Node, NodeObservation, NodeState, Object,
     ObjectKind, Reason, RemoveObject, Service, ServiceSpec, StoreAction, Task, TaskAssignment,
-    TaskState, TaskStatus, TaskStatusUpdate, Transaction, Version, VirtualIp, object, service_mode,
-    store_action,
+    TaskSpec, TaskState, TaskStatus, TaskStatusUpdate, Transaction, Version, VirtualIp, object,
+    service_mode, store_action,
 };
-use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
+use swarm_proto::{NetworkId, NodeId, ServiceId, Shared, TaskId};
 
 use crate::allocator::{Exhausted, Names, Waiter, address_pools};
 use crate::state::{Applied, Event, Rejection, State};
@@ -403,6 +403,10 @@ impl Draft {
         new.spec_version = old.spec_version;
         new.previous_spec.clone_from(&old.previous_spec);
         new.previous_spec_version = old.previous_spec_version;
+        if let (Some(new), Some(old)) = (&mut new.spec, &old.spec) {
+            // What only changes the service, as its number of replicas, leaves its tasks' spec in memory once.
+            Shared::share(&mut new.task, old.task.as_ref());
+        }
         if new.spec != old.spec {
             new.previous_spec.clone_from(&old.spec);
             new.previous_spec_version = old.spec_version;
@@ -511,6 +515,7 @@ impl Draft {
         if !new.service_id.is_empty() {
             let service = self.state.services.get(new.service_id.as_str());
             let service = service.ok_or_else(|| not_found("service", &new.service_id))?;
+            share_spec(&mut new.spec, service);
             if new.endpoint.is_none() {
                 new.endpoint = Some(endpoint_of(service));
             }
@@ -542,8 +547,13 @@ impl Draft {
 
     fn create_tasks(&mut self, wanted: &CreateTasks) -> Result<(), Rejection> {
         let template = wanted.template.as_ref();
-        let template = template
-            .ok_or_else(|| refuse(Code::Invalid, "the template of the tasks is missing"))?;
+        let mut template = template
+            .ok_or_else(|| refuse(Code::Invalid, "the template of the tasks is missing"))?
+            .clone();
+        // Once for all of them, so that they are not compared one by one.
+        if let Some(service) = self.state.services.get(template.service_id.as_str()) {
+            share_spec(&mut template.spec, service);
+        }
         for task in &wanted.tasks {
             self.create_task(Task {
                 id: task.id.clone(),
@@ -633,6 +643,8 @@ impl Draft {
             );
             return Err(refuse(Code::Invalid, message));
         }
+        // One in memory, as they are equal.
+        new.spec.clone_from(&old.spec);
         new.networks.clone_from(&old.networks);
         new.running_since = old.running_since;
         new.meta = self.updated_meta(&old.meta);
@@ -1195,6 +1207,12 @@ fn old_version(event: &Event) -> Option<u64> {
         Event::Task { old, .. } => old.as_ref().map(|object| version_of(&object.meta)),
         Event::Network { old, .. } => old.as_ref().map(|object| version_of(&object.meta)),
     }
+}
+
+/// A task's spec is its service's in memory too, if they are equal.
+fn share_spec(spec: &mut Option<Shared<TaskSpec>>, service: &Service) {
+    let services = service.spec.as_ref().and_then(|spec| spec.task.as_ref());
+    Shared::share(spec, services);
 }
 
 fn name_of(annotations: &Option<Annotations>) -> &str {

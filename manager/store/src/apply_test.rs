@@ -1,9 +1,11 @@
 //! What single transactions do and why others are refused.
 
+use prost::Message as _;
 use swarm_proto::v1::rejection::Code;
 use swarm_proto::v1::{
-    AssignTasks, CreateTasks, IpamPool, NewTask, NodeDescription, ReplicatedMode, ServiceMode,
-    StoreAction, TaskAssignment, TaskState, Transaction, service_mode, store_action,
+    AssignTasks, ContainerSpec, CreateTasks, IpamPool, NewTask, NodeDescription, ReplicatedMode,
+    Service, ServiceMode, StoreAction, Task, TaskAssignment, TaskState, Transaction, service_mode,
+    store_action,
 };
 
 use crate::testing::{
@@ -515,12 +517,12 @@ fn a_snapshot_that_is_newer_or_damaged_is_refused_with_a_sentence() {
     }
     let mut newer = bytes.clone();
     // Length, tag and length of the header, tag of the format; then the format.
-    assert_eq!(newer[4], 1);
-    newer[4] = 2;
+    assert_eq!(newer[4], 2);
+    newer[4] = 3;
     let error = State::decode(&newer[..]).expect_err("newer").to_string();
     assert_eq!(
         error,
-        "the snapshot has format 2, this version of swarm reads up to 1: upgrade this manager"
+        "the snapshot has format 3, this version of swarm reads up to 2: upgrade this manager"
     );
 }
 
@@ -566,7 +568,7 @@ fn assign(of: &State, pairs: &[(&str, &str)]) -> StoreAction {
     }
 }
 
-fn create_many(template: swarm_proto::v1::Task, ids: &[&str]) -> StoreAction {
+fn create_many(template: Task, ids: &[&str]) -> StoreAction {
     let tasks = ids.iter().zip(1..).map(|(id, slot)| NewTask {
         id: (*id).into(),
         slot,
@@ -585,7 +587,7 @@ fn tasks_created_together_are_as_if_created_one_by_one() {
     let template = task("", "s", &["n"]);
     let together = after(&state, [create_many(template.clone(), &["a", "b"])]);
     let each = ["a", "b"].iter().zip(1..).map(|(id, slot)| {
-        create(swarm_proto::v1::Task {
+        create(Task {
             id: (*id).into(),
             slot,
             ..template.clone()
@@ -630,4 +632,128 @@ fn of_many_assignments_those_that_are_outdated_are_left_out() {
     // What has a node keeps it, whoever decides again.
     let again = after(&state, [assign(&state, &[("a", "w2")]), decided]);
     assert_eq!(again.task("a"), state.task("a"));
+}
+
+fn with_image(mut service: Service, image: &str) -> Service {
+    let spec = service.spec.as_mut().expect("set").task.as_mut();
+    spec.expect("set").container = Some(ContainerSpec {
+        image: image.into(),
+        ..ContainerSpec::default()
+    });
+    service
+}
+
+fn as_made(state: &State, id: &str, ids: &[&str]) -> StoreAction {
+    let service = state.service(id).expect("exists");
+    let spec = service.spec.as_ref().expect("set");
+    let template = Task {
+        spec: spec.task.clone(),
+        service_annotations: spec.annotations.clone().map(Into::into),
+        ..task("", id, &["n"])
+    };
+    // As it comes out of the log: one with nothing in memory.
+    let template = Task::decode(&*template.encode_to_vec()).expect("ours");
+    create_many(template, ids)
+}
+
+/// Whether the specs of these are one in memory with that of the service, or the one it had before.
+fn share(state: &State, id: &str, previous: bool, tasks: &[&str]) -> bool {
+    let service = state.service(id).expect("exists");
+    let spec = match previous {
+        true => &service.previous_spec,
+        false => &service.spec,
+    };
+    let spec = spec.as_ref().and_then(|spec| spec.task.as_ref());
+    let spec = spec.expect("set");
+    tasks.iter().all(|id| {
+        let task = state.task(id).expect("exists");
+        task.spec.as_ref().is_some_and(|tasks| tasks.is(spec))
+    })
+}
+
+#[test]
+fn tasks_share_their_spec_with_their_service() {
+    let state = with_service("");
+    let state = after(&state, [as_made(&state, "s", &["a", "b"])]);
+    assert!(share(&state, "s", false, &["a", "b"]));
+    // What changes a task or only its service leaves it so.
+    let mut ends = (**state.task("b").expect("exists")).clone();
+    ends.desired_state = TaskState::Shutdown.into();
+    let ends = Task::decode(&*ends.encode_to_vec()).expect("ours");
+    let mut scaled = (**state.service("s").expect("exists")).clone();
+    let mode = scaled.spec.as_mut().and_then(|spec| spec.mode.as_mut());
+    mode.expect("set").mode = Some(service_mode::Mode::Replicated(ReplicatedMode {
+        replicas: Some(9),
+    }));
+    let scaled = Service::decode(&*scaled.encode_to_vec()).expect("ours");
+    let state = after(&state, [update(ends), update(scaled)]);
+    assert!(share(&state, "s", false, &["a", "b"]));
+    assert!(share(&state, "s", true, &["a", "b"]));
+    let newer = with_image((**state.service("s").expect("exists")).clone(), "web:2");
+    let state = after(&state, [update(newer)]);
+    let state = after(&state, [as_made(&state, "s", &["c"])]);
+    assert!(share(&state, "s", true, &["a", "b"]) && !share(&state, "s", false, &["a"]));
+    assert!(share(&state, "s", false, &["c"]));
+}
+
+#[test]
+fn a_snapshot_has_a_spec_once_and_so_has_what_is_restored() {
+    let image = "registry.example:5000/some/web:of-a-long-name";
+    let made = [
+        create(cluster("c")),
+        create(network("n", "net", "")),
+        create(with_image(service("s", "web", &["n"]), image)),
+        create(service("gone", "old", &["n"])),
+    ];
+    let state = after(&State::default(), made);
+    let state = after(
+        &state,
+        [
+            as_made(&state, "s", &["a", "b", "c"]),
+            as_made(&state, "gone", &["g"]),
+        ],
+    );
+    let changed = |state: &State, image: &str| {
+        update(with_image(
+            (**state.service("s").expect("exists")).clone(),
+            image,
+        ))
+    };
+    // a has a spec that its service no longer knows, b the one before, c that of now, g that of no service.
+    let state = after(
+        &state,
+        [remove(ObjectKind::Task, "b"), remove(ObjectKind::Task, "c")],
+    );
+    let state = after(&state, [changed(&state, "web:2")]);
+    let state = after(&state, [as_made(&state, "s", &["b"])]);
+    let state = after(
+        &state,
+        [
+            changed(&state, "web:3"),
+            remove(ObjectKind::Service, "gone"),
+        ],
+    );
+    let state = after(&state, [as_made(&state, "s", &["c", "d", "e"])]);
+    let bytes = state.encode();
+    let restored = State::decode(&bytes).expect("ours");
+    assert_eq!(restored, state);
+    assert_eq!(restored.encode(), bytes);
+    assert!(share(&restored, "s", true, &["b"]));
+    assert!(share(&restored, "s", false, &["c", "d", "e"]));
+    let times = |text: &str| {
+        bytes
+            .windows(text.len())
+            .filter(|part| *part == text.as_bytes())
+            .count()
+    };
+    assert_eq!((times(image), times("web:2"), times("web:3")), (1, 1, 1));
+    let annotations = |id: &str| {
+        restored
+            .task(id)
+            .expect("exists")
+            .service_annotations
+            .clone()
+    };
+    let (d, e) = (annotations("d"), annotations("e"));
+    assert!(d.is_some_and(|d| e.is_some_and(|e| d.is(&e))));
 }

@@ -8,19 +8,22 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
 use prost::Message;
-use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len, message};
-use swarm_proto::v1::{
-    Cluster, Network, Node, Object, ObjectKind, ObjectRef, Service, SnapshotCursors, SnapshotEnd,
-    SnapshotHeader, SnapshotRecord, SnapshotWaiter, Task, object, snapshot_record,
+use prost::encoding::{
+    WireType, encode_key, encode_varint, encoded_len_varint, key_len, message, string,
 };
-use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
+use swarm_proto::v1::{
+    Annotations, Cluster, Network, Node, Object, ObjectKind, ObjectRef, Service, SnapshotCursors,
+    SnapshotEnd, SnapshotHeader, SnapshotRecord, SnapshotSpec, SnapshotWaiter, Task, TaskSpec,
+    object, snapshot_record,
+};
+use swarm_proto::{NetworkId, NodeId, ServiceId, Shared, TaskId};
 
 use crate::allocator::Waiter;
 use crate::apply::holds_addresses;
 use crate::state::State;
 
-/// Version of the records that this build writes, and the highest that it reads.
-const FORMAT: u32 = 1;
+/// Version of the records that this build writes, and the highest that it reads. In 1 each task has its own spec.
+const FORMAT: u32 = 2;
 /// Bytes that a thread decodes in one go (and the record that has the last of them).
 const PART: usize = 256 << 10;
 /// Threads that decode, at most: one puts together what a few decode.
@@ -30,8 +33,9 @@ const AHEAD: usize = 4;
 /// No record is larger: an object has at most about 1 MiB.
 const RECORD_MAX: u64 = 16 << 20;
 
-/// Numbers of fields in store.proto: that of an object in a record,
+/// Numbers of fields in store.proto: those of an object in a record and of whose spec it has,
 const RECORD_OBJECT: u32 = 2;
+const RECORD_SPEC: u32 = 6;
 /// and those of its kinds in an object. A million objects are encoded where they are, not copied first.
 mod fields {
     pub(super) const CLUSTER: u32 = 1;
@@ -39,6 +43,12 @@ mod fields {
     pub(super) const SERVICE: u32 = 3;
     pub(super) const TASK: u32 = 4;
     pub(super) const NETWORK: u32 = 5;
+}
+/// The first fields of a task: its spec is cut out from behind the others.
+mod task_fields {
+    pub(super) const ID: u32 = 1;
+    pub(super) const META: u32 = 2;
+    pub(super) const SPEC: u32 = 3;
 }
 
 /// Why a snapshot cannot be read.
@@ -91,7 +101,7 @@ impl State {
             encoder.put_object(fields::SERVICE, &**service);
         }
         for task in self.tasks.values() {
-            encoder.put_object(fields::TASK, &**task);
+            encoder.put_task(task, self.spec_of(task));
         }
         for (network, next) in self.ipam.cursors() {
             encoder.put(Record::Cursors(SnapshotCursors {
@@ -153,6 +163,19 @@ impl State {
         })
     }
 
+    /// Where to find a task's spec: most have their service's.
+    fn spec_of(&self, task: &Task) -> SnapshotSpec {
+        let service = self.services.get(task.service_id.as_str());
+        let wanted = |found: SnapshotSpec| {
+            task.spec.is_some()
+                && service.and_then(|service| spec_in(service, found)) == task.spec.as_ref()
+        };
+        [SnapshotSpec::Services, SnapshotSpec::Previous]
+            .into_iter()
+            .find(|found| wanted(*found))
+            .unwrap_or(SnapshotSpec::Own)
+    }
+
     fn restore(&mut self, object: Restored) -> Result<(), DecodeError> {
         match object {
             Restored::Cluster(cluster) => self.cluster = Some(cluster),
@@ -177,7 +200,13 @@ impl State {
                 self.index_service(&service);
                 self.services.insert(id, service);
             }
-            Restored::Task(id, task) => {
+            Restored::Task(id, mut task, spec) => {
+                if spec != SnapshotSpec::Own {
+                    let service = self.services.get(task.service_id.as_str());
+                    let spec = service.and_then(|service| spec_in(service, spec));
+                    let spec = spec.ok_or_else(|| damaged("a task has the spec of no service"))?;
+                    Arc::make_mut(&mut task).spec = Some(spec.clone());
+                }
                 if holds_addresses(&task) {
                     for attachment in &task.networks {
                         for address in &attachment.addresses {
@@ -203,6 +232,15 @@ impl State {
     }
 }
 
+fn spec_in(service: &Service, wanted: SnapshotSpec) -> Option<&Shared<TaskSpec>> {
+    let spec = match wanted {
+        SnapshotSpec::Own => None,
+        SnapshotSpec::Services => service.spec.as_ref(),
+        SnapshotSpec::Previous => service.previous_spec.as_ref(),
+    };
+    spec?.task.as_ref()
+}
+
 fn damaged(what: &str) -> DecodeError {
     DecodeError::Damaged(what.into())
 }
@@ -217,7 +255,7 @@ enum Restored {
     Node(NodeId, Arc<Node>),
     Network(NetworkId, Arc<Network>),
     Service(ServiceId, Arc<Service>),
-    Task(TaskId, Arc<Task>),
+    Task(TaskId, Arc<Task>, SnapshotSpec),
 }
 
 /// A record as it is put into the state.
@@ -232,6 +270,8 @@ enum Record {
 /// A state that is being put together.
 struct Restoring {
     state: State,
+    /// Of the last task: neighbours, which were made together, share them in memory.
+    annotations: Option<Shared<Annotations>>,
     /// Between header and end.
     records: u64,
     ended: bool,
@@ -257,6 +297,7 @@ impl Restoring {
         state.ipam.restore_next_turn(header.turns);
         Ok(Self {
             state,
+            annotations: None,
             records: 0,
             ended: false,
         })
@@ -273,7 +314,15 @@ impl Restoring {
         }
         match record {
             Record::Header(_) => return Err(damaged("two headers")),
-            Record::Object(object) => self.state.restore(object)?,
+            Record::Object(mut object) => {
+                if let Restored::Task(_, task, _) = &mut object {
+                    let annotations = &mut Arc::make_mut(task).service_annotations;
+                    if !Shared::share(annotations, self.annotations.as_ref()) {
+                        self.annotations.clone_from(annotations);
+                    }
+                }
+                self.state.restore(object)?;
+            }
             Record::Cursors(cursors) => {
                 let ipam = &mut self.state.ipam;
                 ipam.restore_cursors(&cursors.network_id, &cursors.next);
@@ -336,9 +385,11 @@ fn read_record(record: &[u8]) -> Result<Record, DecodeError> {
     use snapshot_record::Record as Read;
     let record = SnapshotRecord::decode(record);
     let record = record.map_err(|error| DecodeError::Damaged(error.to_string()))?;
+    let spec = SnapshotSpec::try_from(record.spec);
+    let spec = spec.map_err(|_| damaged("a task has a spec of an unknown kind"))?;
     Ok(match record.record {
         Some(Read::Header(header)) => Record::Header(header),
-        Some(Read::Object(object)) => Record::Object(read_object(object)?),
+        Some(Read::Object(object)) => Record::Object(read_object(object, spec)?),
         Some(Read::Cursors(cursors)) => Record::Cursors(cursors),
         Some(Read::Waiter(waiter)) => Record::Waiter(waiter),
         Some(Read::End(end)) => Record::End(end),
@@ -346,7 +397,7 @@ fn read_record(record: &[u8]) -> Result<Record, DecodeError> {
     })
 }
 
-fn read_object(object: Object) -> Result<Restored, DecodeError> {
+fn read_object(object: Object, spec: SnapshotSpec) -> Result<Restored, DecodeError> {
     use object::Object as Read;
     Ok(match object.object {
         Some(Read::Cluster(cluster)) => Restored::Cluster(Arc::new(cluster)),
@@ -357,7 +408,7 @@ fn read_object(object: Object) -> Result<Restored, DecodeError> {
         Some(Read::Service(service)) => {
             Restored::Service(ServiceId::from(&service.id), Arc::new(service))
         }
-        Some(Read::Task(task)) => Restored::Task(TaskId::from(&task.id), Arc::new(task)),
+        Some(Read::Task(task)) => Restored::Task(TaskId::from(&task.id), Arc::new(task), spec),
         None => return Err(damaged("an object of an unknown kind")),
     })
 }
@@ -398,6 +449,7 @@ impl Encoder<'_> {
         }
         let record = SnapshotRecord {
             record: Some(record),
+            spec: SnapshotSpec::Own.into(),
         };
         record
             .encode_length_delimited(self.bytes)
@@ -414,5 +466,98 @@ impl Encoder<'_> {
         encode_key(RECORD_OBJECT, WireType::LengthDelimited, self.bytes);
         encode_varint(object_len as u64, self.bytes);
         message::encode(field, object, self.bytes);
+    }
+
+    /// As `put_object`, but without a spec that is found elsewhere.
+    fn put_task(&mut self, task: &Task, found: SnapshotSpec) {
+        let (Some(spec), true) = (&task.spec, found != SnapshotSpec::Own) else {
+            return self.put_object(fields::TASK, task);
+        };
+        self.records += 1;
+        let spec_len = message::encoded_len(task_fields::SPEC, spec);
+        let task_len = task.encoded_len() - spec_len;
+        let object_len = key_len(fields::TASK) + encoded_len_varint(task_len as u64) + task_len;
+        let found_len = key_len(RECORD_SPEC) + 1;
+        let record_len =
+            key_len(RECORD_OBJECT) + encoded_len_varint(object_len as u64) + object_len + found_len;
+        encode_varint(record_len as u64, self.bytes);
+        encode_key(RECORD_OBJECT, WireType::LengthDelimited, self.bytes);
+        encode_varint(object_len as u64, self.bytes);
+        encode_key(fields::TASK, WireType::LengthDelimited, self.bytes);
+        encode_varint(task_len as u64, self.bytes);
+        // Fields are written in the order of their numbers.
+        let mut spec_at = self.bytes.len();
+        if !task.id.is_empty() {
+            spec_at += string::encoded_len(task_fields::ID, &task.id);
+        }
+        if let Some(meta) = &task.meta {
+            spec_at += message::encoded_len(task_fields::META, meta);
+        }
+        task.encode_raw(self.bytes);
+        self.bytes.drain(spec_at..spec_at + spec_len);
+        encode_key(RECORD_SPEC, WireType::Varint, self.bytes);
+        encode_varint(found as u64, self.bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{cluster, create, network, service, task, transaction};
+
+    #[test]
+    fn what_the_version_before_has_written_is_read() {
+        let made = [
+            create(cluster("c")),
+            create(network("n", "net", "")),
+            create(service("s", "web", &["n"])),
+            create(task("t", "s", &["n"])),
+        ];
+        let state = State::default().apply(1, &transaction(made));
+        let state = state.expect("taken").state;
+        let header = SnapshotHeader {
+            format: 1,
+            index: state.index,
+            term: state.term,
+            turns: state.ipam.next_turn(),
+        };
+        let mut bytes = Vec::new();
+        let mut encoder = Encoder {
+            bytes: &mut bytes,
+            records: 0,
+        };
+        encoder.put(snapshot_record::Record::Header(header));
+        encoder.put_object(fields::CLUSTER, &**state.cluster.as_ref().expect("made"));
+        encoder.put_object(fields::NETWORK, &**state.network("n").expect("made"));
+        encoder.put_object(fields::SERVICE, &**state.service("s").expect("made"));
+        encoder.put_object(fields::TASK, &**state.task("t").expect("made"));
+        for (network, next) in state.ipam.cursors() {
+            encoder.put(snapshot_record::Record::Cursors(SnapshotCursors {
+                network_id: network.to_string(),
+                next,
+            }));
+        }
+        let records = encoder.records;
+        encoder.put(snapshot_record::Record::End(SnapshotEnd { records }));
+        assert_eq!(State::decode(&bytes).expect("read"), state);
+    }
+
+    #[test]
+    fn a_spec_of_a_service_that_is_not_there_is_damage() {
+        let task = SnapshotRecord {
+            record: Some(snapshot_record::Record::Object(Object {
+                object: Some(object::Object::Task(task("t", "s", &[]))),
+            })),
+            spec: SnapshotSpec::Services.into(),
+        };
+        let empty = State::default().encode();
+        let (_, end) = split_record(&empty).expect("a header");
+        let mut bytes = empty[..empty.len() - end.len()].to_vec();
+        task.encode_length_delimited(&mut bytes).expect("grows");
+        let error = State::decode(&bytes).expect_err("damaged").to_string();
+        assert_eq!(
+            error,
+            "the snapshot is damaged: a task has the spec of no service"
+        );
     }
 }

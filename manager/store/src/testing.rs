@@ -316,7 +316,7 @@ pub fn service(id: &str, name: &str, networks: &[&str]) -> Service {
         id: id.into(),
         spec: Some(ServiceSpec {
             annotations: named(name),
-            task: Some(task_spec(networks)),
+            task: Some(task_spec(networks).into()),
             mode: Some(ServiceMode {
                 mode: Some(service_mode::Mode::Replicated(ReplicatedMode {
                     replicas: Some(1),
@@ -335,7 +335,7 @@ pub fn task(id: &str, service_id: &str, networks: &[&str]) -> Task {
         id: id.into(),
         service_id: service_id.into(),
         slot: 1,
-        spec: Some(task_spec(networks)),
+        spec: Some(task_spec(networks).into()),
         desired_state: TaskState::Running.into(),
         ..Task::default()
     }

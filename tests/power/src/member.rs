@@ -301,13 +301,16 @@ fn task(number: u64) -> Arc<Task> {
     };
     Arc::new(Task {
         id: format!("t{number:08}"),
-        spec: Some(TaskSpec {
-            container: Some(ContainerSpec {
-                env: vec![number.to_string().repeat(size / 8)],
+        spec: Some(
+            TaskSpec {
+                container: Some(ContainerSpec {
+                    env: vec![number.to_string().repeat(size / 8)],
+                    ..Default::default()
+                }),
                 ..Default::default()
-            }),
-            ..Default::default()
-        }),
+            }
+            .into(),
+        ),
         ..Default::default()
     })
 }

@@ -128,7 +128,7 @@ fn of_older_spec(task: &Task, spec: &ServiceSpec) -> bool {
         spec.placement = spec.placement.filter(|rest| *rest != Placement::default());
         spec
     };
-    seen(task.spec.as_ref()) != seen(spec.task.as_ref())
+    seen(task.spec.as_deref()) != seen(spec.task.as_deref())
 }
 
 fn node_missing(state: &State, machine: &Machine) -> Option<String> {

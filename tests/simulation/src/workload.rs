@@ -538,23 +538,26 @@ impl Client {
                 name: name.to_owned(),
                 labels: [("mark".to_owned(), mark.to_string())].into(),
             }),
-            task: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    image: format!("registry.example/app:{}", self.dice.below(3)),
+            task: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        image: format!("registry.example/app:{}", self.dice.below(3)),
+                        ..Default::default()
+                    }),
+                    restart: Some(RestartPolicy {
+                        delay: Some(duration(self.dice.between(50, 1500))),
+                        ..Default::default()
+                    }),
+                    networks,
+                    force_update: self.dice.below(3),
+                    placement: constraint.map(|constraint| Placement {
+                        constraints: vec![constraint],
+                        ..Default::default()
+                    }),
                     ..Default::default()
-                }),
-                restart: Some(RestartPolicy {
-                    delay: Some(duration(self.dice.between(50, 1500))),
-                    ..Default::default()
-                }),
-                networks,
-                force_update: self.dice.below(3),
-                placement: constraint.map(|constraint| Placement {
-                    constraints: vec![constraint],
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
+                }
+                .into(),
+            ),
             endpoint: port.map(|port| EndpointSpec {
                 ports: vec![port],
                 ..Default::default()

@@ -157,7 +157,8 @@ impl Tasks {
                 && observed == Some(TaskState::Running)
                 && !removed;
             if runs {
-                let service = task.service_annotations.map(|a| a.name).unwrap_or_default();
+                let service = task.service_annotations.map(|a| a.name.clone());
+                let service = service.unwrap_or_default();
                 self.running.insert(task.id, (service, task.node_id));
             } else {
                 self.running.remove(&task.id);
@@ -206,20 +207,23 @@ pub fn service(name: &str, replicas: u64, image: &str, networks: &[&str]) -> Ser
             name: name.to_owned(),
             ..Annotations::default()
         }),
-        task: Some(TaskSpec {
-            container: Some(ContainerSpec {
-                image: image.to_owned(),
-                ..ContainerSpec::default()
-            }),
-            networks: networks
-                .iter()
-                .map(|&target| NetworkAttachmentConfig {
-                    target: target.to_owned(),
-                    ..NetworkAttachmentConfig::default()
-                })
-                .collect(),
-            ..TaskSpec::default()
-        }),
+        task: Some(
+            TaskSpec {
+                container: Some(ContainerSpec {
+                    image: image.to_owned(),
+                    ..ContainerSpec::default()
+                }),
+                networks: networks
+                    .iter()
+                    .map(|&target| NetworkAttachmentConfig {
+                        target: target.to_owned(),
+                        ..NetworkAttachmentConfig::default()
+                    })
+                    .collect(),
+                ..TaskSpec::default()
+            }
+            .into(),
+        ),
         mode: Some(ServiceMode {
             mode: Some(service_mode::Mode::Replicated(ReplicatedMode {
                 replicas: Some(replicas),

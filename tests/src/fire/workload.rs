@@ -670,13 +670,16 @@ fn never_sent(status: &Status) -> bool {
 fn service_spec(annotations: Option<Annotations>, image: &str) -> ServiceSpec {
     ServiceSpec {
         annotations,
-        task: Some(TaskSpec {
-            container: Some(ContainerSpec {
-                image: image.to_owned(),
+        task: Some(
+            TaskSpec {
+                container: Some(ContainerSpec {
+                    image: image.to_owned(),
+                    ..Default::default()
+                }),
                 ..Default::default()
-            }),
-            ..Default::default()
-        }),
+            }
+            .into(),
+        ),
         mode: Some(ServiceMode {
             mode: Some(service_mode::Mode::Replicated(ReplicatedMode {
                 replicas: Some(0),

@@ -592,13 +592,16 @@ mod tests {
                 name: "web".to_owned(),
                 ..Default::default()
             }),
-            task: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    image: "nginx".to_owned(),
+            task: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        image: "nginx".to_owned(),
+                        ..Default::default()
+                    }),
                     ..Default::default()
-                }),
-                ..Default::default()
-            }),
+                }
+                .into(),
+            ),
             ..Default::default()
         }
     }

@@ -595,21 +595,24 @@ fn service(name: String, replicas: u64, network: Option<String>) -> CreateServic
     CreateServiceRequest {
         spec: Some(ServiceSpec {
             annotations: Some(named(&name)),
-            task: Some(TaskSpec {
-                container: Some(ContainerSpec {
-                    image: "registry.example:5000/team/app:1.2.3".into(),
-                    env: vec!["MODE=production".into(), "LOG=info".into()],
-                    ..ContainerSpec::default()
-                }),
-                networks: network
-                    .into_iter()
-                    .map(|target| NetworkAttachmentConfig {
-                        target,
-                        ..NetworkAttachmentConfig::default()
-                    })
-                    .collect(),
-                ..TaskSpec::default()
-            }),
+            task: Some(
+                TaskSpec {
+                    container: Some(ContainerSpec {
+                        image: "registry.example:5000/team/app:1.2.3".into(),
+                        env: vec!["MODE=production".into(), "LOG=info".into()],
+                        ..ContainerSpec::default()
+                    }),
+                    networks: network
+                        .into_iter()
+                        .map(|target| NetworkAttachmentConfig {
+                            target,
+                            ..NetworkAttachmentConfig::default()
+                        })
+                        .collect(),
+                    ..TaskSpec::default()
+                }
+                .into(),
+            ),
             mode: Some(replicated(replicas)),
             ..ServiceSpec::default()
         }),
