@@ -48,8 +48,11 @@ const BACKOFF_MAX: Duration = SESSION_BACKOFF_MAX;
 /// they are heard, and for one answer.
 const ASK_AGAIN_MAX: Duration = Duration::from_secs(1);
 const ASK_PATIENCE: Duration = Duration::from_secs(1);
-/// A manager that has not registered the node by then is given up.
-const REGISTER_MAX: Duration = Duration::from_secs(5);
+/// A manager that has not registered the node by then is given up: another one may be faster. When all have
+/// been tried they are likely to have a thousand others to register, and to come back sooner and sooner would make
+/// them spend their time on those who give up: twice as long each time, up to the longest.
+const REGISTER_MIN: Duration = Duration::from_secs(5);
+const REGISTER_MAX: Duration = Duration::from_secs(40);
 /// For the last messages of a node that leaves.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 /// Messages on their way to the manager; a session that cannot send so many is stuck.
@@ -116,8 +119,8 @@ enum SessionError {
         "manager {addr} says that this node was removed from the cluster; its tasks are stopped, `swarm leave` makes it forget the cluster: {status}"
     )]
     Removed { addr: String, status: String },
-    #[error("manager {0} did not register this node within {REGISTER_MAX:?}")]
-    Slow(String),
+    #[error("manager {addr} did not register this node within {waited:?}")]
+    Slow { addr: String, waited: Duration },
     #[error("manager {0} ended the session")]
     Closed(String),
     #[error("manager {0} answers out of turn")]
@@ -164,7 +167,7 @@ impl SessionLoop {
             let cancel = self.cancel.clone();
             let result = tokio::select! {
                 () = cancel.cancelled() => return,
-                result = self.session(addr.as_deref()) => result,
+                result = self.session(addr.as_deref(), choice.patience()) => result,
             };
             let error = match result {
                 Ok(_) => return,
@@ -202,7 +205,11 @@ impl SessionLoop {
         let _ = self.worker.try_send(Request::End);
     }
 
-    async fn session(&mut self, addr: Option<&str>) -> Result<End, SessionError> {
+    async fn session(
+        &mut self,
+        addr: Option<&str>,
+        patience: Duration,
+    ) -> Result<End, SessionError> {
         let addr = addr.ok_or(SessionError::NoManager)?;
         let channel = self
             .connector
@@ -237,8 +244,9 @@ impl SessionLoop {
         let (inbox, registered) = tokio::select! {
             // Without a session nobody is there to hear a goodbye.
             () = leave.cancelled() => return Err(SessionError::Stopping),
-            opened = tokio::time::timeout(REGISTER_MAX, open) => {
-                opened.map_err(|_| SessionError::Slow(addr.to_owned()))??
+            opened = tokio::time::timeout(patience, open) => {
+                let addr = addr.to_owned();
+                opened.map_err(|_| SessionError::Slow { addr, waited: patience })??
             }
         };
         let period = self.begin(addr, registered);
@@ -608,6 +616,13 @@ impl Choice {
         }
     }
 
+    /// How long the next one has to register this node.
+    fn patience(&self) -> Duration {
+        let rounds = self.failures.values().map(|(count, _)| *count).min();
+        let factor = 1 << rounds.unwrap_or(0).min(10);
+        REGISTER_MIN.saturating_mul(factor).min(REGISTER_MAX)
+    }
+
     /// Nothing while there is a manager that has not failed; then doubling, with jitter.
     fn wait(&self, rng: &mut impl rand::Rng) -> Duration {
         let fewest = self.failures.values().map(|(count, _)| *count).min();
@@ -649,6 +664,22 @@ mod tests {
             choice.failed(&addr, false);
             assert_eq!(choice.wait(&mut rng).is_zero(), round < 2);
         }
+    }
+
+    #[test]
+    fn when_all_have_failed_each_is_given_more_time() {
+        let mut rng = rand::rngs::StdRng::seed_from_u64(1);
+        let mut choice = choice(&["a:1", "b:1"]);
+        let mut waited = Vec::new();
+        for _ in 0..10 {
+            waited.push(choice.patience().as_secs());
+            let addr = choice.next(&mut rng).unwrap();
+            choice.failed(&addr, false);
+        }
+        assert_eq!(waited, [5, 5, 10, 10, 20, 20, 40, 40, 40, 40]);
+        assert!(REGISTER_MAX < swarm_identity::SESSION_CONNECT_MAX);
+        choice.failed("a:1", true);
+        assert_eq!(choice.patience(), REGISTER_MIN);
     }
 
     #[test]

@@ -29,26 +29,32 @@ use crate::cert::{self, CertError, Leaf, Renewal, Validity};
 use crate::net::{Net, Tcp};
 use crate::verify;
 
-/// Connection and TLS together.
+/// Until the other host has answered; and together with TLS where somebody waits for an answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How a connection on which nothing is heard is probed.
+/// With TLS, on a connection for a session: whoever opens it knows how long to wait. Longer is in vain.
+pub const SESSION_CONNECT_MAX: Duration = Duration::from_secs(60);
+/// How long to wait for a connection, and how one on which nothing is heard is probed.
 #[derive(Clone, Copy)]
 pub(crate) struct Probes {
     /// After so long without a word,
     interval: Duration,
     /// and given up without an answer after so long.
     timeout: Duration,
+    /// Connection and TLS together.
+    connect: Duration,
 }
 
 /// Somebody waits for an answer.
 pub(crate) const CALLS: Probes = Probes {
     interval: Duration::from_secs(2),
     timeout: Duration::from_secs(2),
+    connect: CONNECT_TIMEOUT,
 };
 /// An agent's session, whose manager may hang.
 const SESSIONS: Probes = Probes {
     interval: SESSION_PROBE_INTERVAL,
     timeout: SESSION_PROBE_TIMEOUT,
+    connect: SESSION_CONNECT_MAX,
 };
 /// Room for a snapshot's pieces on a long line.
 const STREAM_WINDOW: u32 = 2 << 20;
@@ -260,7 +266,8 @@ impl Identity {
         self.connect(addr, CALLS, |live| &live.client)
     }
 
-    /// The same, for an agent's session: it must send something every few seconds.
+    /// The same, for an agent's session: it must send something every few seconds. A host that has answered is
+    /// waited for as long as [`SESSION_CONNECT_MAX`].
     ///
     /// # Errors
     /// `addr` is not host:port.
@@ -332,28 +339,31 @@ pub(crate) fn connect_lazy(
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .connect_timeout(CONNECT_TIMEOUT);
+        .connect_timeout(probes.connect);
     let target: Arc<str> = addr.into();
     let connector = tower::service_fn(move |_: http::Uri| {
         let (net, target, config) = (Arc::clone(&net), Arc::clone(&target), config());
         async move {
             let connect = async {
-                let stream = net.connect(&target).await?;
+                let answered = tokio::time::timeout(CONNECT_TIMEOUT, net.connect(&target));
+                let stream = answered
+                    .await
+                    .map_err(|_| too_late(&target, CONNECT_TIMEOUT))??;
                 let name = ServerName::try_from(ROLE_MANAGER).expect("a constant DNS name");
                 TlsConnector::from(config).connect(name, stream).await
             };
-            let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
+            let stream = tokio::time::timeout(probes.connect, connect)
                 .await
-                .map_err(|_| {
-                    std::io::Error::new(
-                        std::io::ErrorKind::TimedOut,
-                        format!("no connection to {target} within {CONNECT_TIMEOUT:?}"),
-                    )
-                })??;
+                .map_err(|_| too_late(&target, probes.connect))??;
             Ok::<_, std::io::Error>(TokioIo::new(stream))
         }
     });
     Ok(endpoint.connect_with_connector_lazy(connector))
+}
+
+fn too_late(target: &str, waited: Duration) -> std::io::Error {
+    let message = format!("no connection to {target} within {waited:?}");
+    std::io::Error::new(std::io::ErrorKind::TimedOut, message)
 }
 
 pub(crate) fn provider() -> Arc<rustls::crypto::CryptoProvider> {

@@ -29,7 +29,7 @@ pub use authorize::{
 pub use ca::{CaError, NewKey, RootCa, RootDigest};
 pub use caller::{Caller, ConnectionInfo, PeerIdentity, remote_addr};
 pub use cert::{CertError, Leaf, Renewal, Validity};
-pub use identity::{AddrError, Identity, IdentityError, KeyMaterial};
+pub use identity::{AddrError, Identity, IdentityError, KeyMaterial, SESSION_CONNECT_MAX};
 pub use join::{JoinError, fetch_root, request_certificate};
 pub use keystore::{DataKey, KeyStore, KeyStoreError, Stored};
 pub use net::{Net, Tcp, UNACKNOWLEDGED_MAX};

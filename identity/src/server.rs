@@ -39,7 +39,8 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 pub struct Limits {
     /// From the connection to the end of the TLS handshake.
     pub handshake_timeout: Duration,
-    /// Handshakes at once; more wait in the network's backlog.
+    /// Handshakes at once; more wait in the network's backlog. If it is more than a busy manager ends within its
+    /// callers' patience, they all give up, and none is ever done.
     pub handshakes: usize,
     /// Connections at once without a client certificate; more are refused.
     pub anonymous: usize,
@@ -52,7 +53,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             handshake_timeout: Duration::from_secs(10),
-            handshakes: 512,
+            handshakes: 128,
             anonymous: 512,
             per_node: 128,
         }
