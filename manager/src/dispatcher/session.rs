@@ -2,8 +2,8 @@
 //!
 //! A session is one task with two halves that do not wait for each other: the
 //! reader takes in heartbeats and reports, the writer sends what the hub hands
-//! it. It ends when either does, when nothing was heard for the grace period,
-//! when a newer session of the node begins, or when the node is removed. What an
+//! it. It ends when either does, when nothing was heard for ten times as long as makes
+//! its node Down, when a newer session of the node begins, or when the node is removed. What an
 //! agent sends is bounded and checked: it speaks for its own node's tasks only.
 
 use std::collections::VecDeque;
@@ -17,7 +17,7 @@ use futures::future::BoxFuture;
 use futures::{Stream, TryStreamExt as _};
 use prost::Message as _;
 use swarm_identity::Caller;
-use swarm_proto::defaults::{HEARTBEATS_MISSED, REPORTS_AHEAD};
+use swarm_proto::defaults::REPORTS_AHEAD;
 use swarm_proto::task_state::{OWNERS, Owner};
 use swarm_proto::v1::{
     AgentMessage, AssignmentsType, ManagerMessage, NodeDescription, NodeObservation, NodeStatus,
@@ -50,6 +50,10 @@ const DESCRIPTION_MAX: usize = 256 << 10;
 /// have said waits as well. That is no agent's silence, for so many periods in a row.
 const BUSY: f64 = 0.1;
 const UNHEARD_MAX: u32 = 3;
+/// So many heartbeats in a row may be missed before the session is over. Its node is Down long before, and Ready as
+/// soon as it is heard again: a new session would cost a handshake and everything that the node holds, and when
+/// thousands need one because a manager was busy, it is busier still.
+const SESSION_MISSED_MAX: u32 = 30;
 /// Actions of one report in one transaction.
 const REPORT_ACTIONS: usize = 500;
 
@@ -290,7 +294,7 @@ impl Session {
                         self.sessions.liveness.heard(&self.node_id, revision);
                         continue;
                     }
-                    Missed::Silent => return silent(grace(period)),
+                    Missed::Over => return silent(period * SESSION_MISSED_MAX),
                 }
             };
             silence = Silence::default();
@@ -491,7 +495,8 @@ enum Missed {
     Wait,
     /// It may have said something that this manager was too busy to read: it counts as heard.
     Unheard,
-    Silent,
+    /// Nobody is there any more.
+    Over,
 }
 
 impl Silence {
@@ -503,9 +508,9 @@ impl Silence {
             return Missed::Unheard;
         }
         self.missed += 1;
-        match self.missed < HEARTBEATS_MISSED {
+        match self.missed < SESSION_MISSED_MAX {
             true => Missed::Wait,
-            false => Missed::Silent,
+            false => Missed::Over,
         }
     }
 }
@@ -538,10 +543,13 @@ mod tests {
     const LATE: Duration = Duration::from_millis(300);
 
     #[test]
-    fn an_agent_that_misses_three_heartbeats_is_silent() {
+    fn a_session_ends_long_after_its_node_is_down() {
         let mut silence = Silence::default();
-        let seen = [(); 3].map(|()| silence.missed(ON_TIME, PERIOD));
-        assert_eq!(seen, [Missed::Wait, Missed::Wait, Missed::Silent]);
+        for _ in 1..SESSION_MISSED_MAX {
+            assert_eq!(silence.missed(ON_TIME, PERIOD), Missed::Wait);
+        }
+        assert_eq!(silence.missed(ON_TIME, PERIOD), Missed::Over);
+        assert!(PERIOD * SESSION_MISSED_MAX >= 10 * grace(PERIOD));
     }
 
     #[test]
@@ -552,6 +560,6 @@ mod tests {
         assert_eq!(seen, [Missed::Unheard, Missed::Unheard, Missed::Unheard]);
         // An agent that is dead is seen to be so by a manager that is always busy, too.
         let seen = [(); 3].map(|()| silence.missed(LATE, PERIOD));
-        assert_eq!(seen, [Missed::Wait, Missed::Wait, Missed::Silent]);
+        assert_eq!(seen, [Missed::Wait, Missed::Wait, Missed::Wait]);
     }
 }
