@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
+use super::REST;
 use crate::clock::span;
 use crate::leader::{ACTIONS_MAX, Feed, LeaderLoop, LoopContext, sleep_until};
 
@@ -694,10 +695,15 @@ impl Liveness {
         let mut feed = Feed::new(context);
         let mut doubting = false;
         loop {
+            // The newest, with what was written last: the feed may be behind, and what it does not show yet would
+            // be written again.
+            let state = context.consensus.store().state();
+            let begun = now();
             let verdict = match self.shared.tracker.lock().as_mut() {
-                Some(tracker) => tracker.judge(feed.state(), now()),
+                Some(tracker) => tracker.judge(&state, begun),
                 None => return,
             };
+            let cost = now().saturating_duration_since(begun);
             if verdict.doubted > 0 && !doubting {
                 tracing::warn!(
                     nodes = verdict.doubted,
@@ -724,6 +730,12 @@ impl Liveness {
                 {
                     return;
                 }
+            }
+            // All nodes are looked at, so in a large cluster not for each that comes: what happens meanwhile goes
+            // together.
+            tokio::select! {
+                () = context.cancel.cancelled() => return,
+                () = tokio::time::sleep(cost * REST) => {}
             }
             let silence = verdict.next;
             // Who goes by the wall clock waits by it, too.

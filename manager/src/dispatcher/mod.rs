@@ -36,6 +36,10 @@ pub use assignments::{Advance, AssignmentSet, Delta, Journal, Missed, Shared, Ta
 pub use liveness::{Connect, Liveness, Tracker, Verdict, heartbeat_period};
 pub use session::Sessions;
 
+/// A loop of the leader that looks at all nodes, or all tasks of a network, rests for so many times what that cost
+/// before it does again for what agents have said meanwhile.
+const REST: u32 = 9;
+
 /// Owns the dispatcher's loops and sessions.
 #[derive(Debug)]
 pub struct Dispatcher {

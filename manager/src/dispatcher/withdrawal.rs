@@ -15,6 +15,7 @@ use swarm_proto::{NetworkId, NodeId, TaskId};
 use swarm_store::{Change, Event, State};
 use tokio::time::Instant;
 
+use super::REST;
 use super::assignments::{is_assigned, networks_of, state_of};
 use super::liveness::Liveness;
 use crate::leader::{Feed, Group, LeaderLoop, LoopContext, sleep_until};
@@ -38,11 +39,9 @@ async fn run(context: LoopContext, liveness: Liveness) {
     let mut waiting = Waiting::default();
     waiting.observe_all(feed.state(), Instant::now());
     loop {
-        let verdict = waiting.decide(
-            feed.state(),
-            |node| liveness.acknowledged(node),
-            Instant::now(),
-        );
+        let begun = Instant::now();
+        let verdict = waiting.decide(feed.state(), |node| liveness.acknowledged(node), begun);
+        let rest = TOGETHER.max(begun.elapsed() * REST);
         if !verdict.groups.is_empty() {
             let proposed = tokio::select! {
                 () = context.cancel.cancelled() => return,
@@ -67,7 +66,7 @@ async fn run(context: LoopContext, liveness: Liveness) {
                     waiting.observe(change, Instant::now());
                 }
             }
-            () = liveness.newer(), if !waiting.is_empty() => tokio::time::sleep(TOGETHER).await,
+            () = liveness.newer(), if !waiting.is_empty() => tokio::time::sleep(rest).await,
             () = sleep_until(verdict.next) => {}
         }
     }
