@@ -73,6 +73,8 @@ struct Args {
 /// Tasks that are added at a time to the network that comes to be on every agent. All at once would be
 /// a million rows for a thousand agents, which a machine each has time for, and this one has not.
 const STEP: usize = 100;
+/// And into how many steps that is cut at most: each goes to all agents.
+const STEPS_MAX: usize = 10;
 
 /// Nice value of the agents; the managers have 0, and -10 for the raft group.
 const AGENTS_NICE: i32 = -5;
@@ -442,7 +444,8 @@ impl Scale {
         };
         spec.task.get_or_insert_default().placement = Some(placement);
         let mut made = control.create_service(request).await?.into_inner().service;
-        for replicas in (STEP..count + STEP).step_by(STEP) {
+        let step = STEP.max(count / STEPS_MAX);
+        for replicas in (step..count + step).step_by(step) {
             let replicas = replicas.min(count) as u64;
             let now = made.take().context("the service that was written")?;
             let meta = now.meta.unwrap_or_default();
