@@ -187,6 +187,7 @@ pub struct RaftNode {
     runtime: Handle,
     tasks: TaskTracker,
     running: Mutex<Option<(RaftRuntime, LogWriter)>>,
+    snapshots: Snapshots,
 }
 
 impl std::fmt::Debug for RaftNode {
@@ -309,7 +310,7 @@ impl RaftNode {
             entries_timeout: (config.timing.election_max * 4).max(Duration::from_secs(2)),
         };
         let (store, applied) = (machine.store().clone(), machine.applied());
-        let scales = machine.scales();
+        let (scales, snapshots) = (machine.scales(), machine.snapshots());
         let raft_id = member.raft_id;
         let starting = runtime
             .handle()
@@ -352,6 +353,7 @@ impl RaftNode {
             runtime: runtime.handle().clone(),
             tasks,
             running: Mutex::new(Some((runtime, writer))),
+            snapshots,
         }))
     }
 
@@ -468,6 +470,7 @@ impl RaftNode {
                 tracing::warn!(%error, "the raft core ended abnormally");
             }
             writer.close().await;
+            self.snapshots.close().await;
             drop(runtime);
         })
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use swarm_disk::Disk;
+use tokio::sync::Semaphore;
 
 use crate::error::DiskError;
 use crate::seal::Sealer;
@@ -26,6 +27,8 @@ pub(crate) struct Snapshots {
     dir: PathBuf,
     sealer: Sealer,
     current: Arc<Mutex<Option<Current>>>,
+    /// Held while one is written. Closed when the member has stopped.
+    writing: Arc<Semaphore>,
 }
 
 #[derive(Clone)]
@@ -61,6 +64,7 @@ impl Snapshots {
             dir: dir.to_owned(),
             sealer,
             current: Arc::default(),
+            writing: Arc::new(Semaphore::new(1)),
         };
         let Some(newest) = files.pop() else {
             return Ok((snapshots, None));
@@ -102,8 +106,11 @@ impl Snapshots {
     }
 
     /// Writes a snapshot, packed with its place in the log, and deletes the one before it. One that is not
-    /// newer is not written.
+    /// newer is not written, and none after [`Snapshots::close`], when nobody asks for it any more.
     pub(crate) async fn save(&self, meta: &SnapshotMeta, plain: &[u8]) -> Result<(), DiskError> {
+        let Ok(_writing) = self.writing.acquire().await else {
+            return Ok(());
+        };
         if self.is_behind(meta) {
             return Ok(());
         }
@@ -152,6 +159,14 @@ impl Snapshots {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Waits for the one that is being written, and has no more written: the directory may be opened again by
+    /// a member that is started in its place, and what that one has found must not be deleted.
+    pub(crate) async fn close(&self) {
+        let last = self.writing.acquire().await;
+        self.writing.close();
+        drop(last);
     }
 
     fn is_behind(&self, meta: &SnapshotMeta) -> bool {
@@ -229,6 +244,7 @@ fn remove(disk: &dyn Disk, path: &Path) -> Result<(), DiskError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt as _;
     use openraft::vote::RaftLeaderIdExt as _;
     use swarm_disk::SystemDisk;
     use swarm_identity::DataKey;
@@ -263,6 +279,29 @@ mod tests {
         assert_eq!(found.snapshot.as_ref(), b"twenty");
         assert_eq!(snapshots.last(), meta(20).last_log_id);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn who_has_stopped_deletes_nothing_that_another_one_has_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let sealer = Sealer::new(&DataKey::random());
+        let (snapshots, _) =
+            Snapshots::open(SystemDisk::shared(), dir.path(), sealer.clone()).unwrap();
+        let plain = pack(&meta(10), b"ten").unwrap();
+        snapshots.save(&meta(10), &plain).await.unwrap();
+        let writing = snapshots.writing.clone().acquire_owned().await.unwrap();
+        let mut close = Box::pin(snapshots.close());
+        assert!(
+            close.as_mut().now_or_never().is_none(),
+            "one is being written"
+        );
+        drop(writing);
+        close.await;
+        let (next, _) = Snapshots::open(SystemDisk::shared(), dir.path(), sealer).unwrap();
+        let plain = pack(&meta(20), b"twenty").unwrap();
+        snapshots.save(&meta(20), &plain).await.unwrap();
+        let found = next.newest().unwrap().unwrap();
+        assert_eq!(found.meta, meta(10));
     }
 
     #[tokio::test]

@@ -73,6 +73,11 @@ impl StateMachine {
         &self.store
     }
 
+    /// Where its snapshots are.
+    pub(crate) fn snapshots(&self) -> Snapshots {
+        self.snapshots.clone()
+    }
+
     /// What it has applied.
     pub(crate) fn scales(&self) -> Arc<Mutex<Scales>> {
         self.scales.clone()

@@ -277,7 +277,9 @@ impl Host {
     fn kill(&mut self) {
         let (runtime, node) = self.running.take().unwrap();
         drop(node);
-        runtime.shutdown_background();
+        // A process that is killed leaves no thread behind which still writes a snapshot.
+        let ended = std::thread::spawn(move || runtime.shutdown_timeout(PATIENCE));
+        ended.join().unwrap();
     }
 
     async fn stop(&mut self) {
