@@ -5,7 +5,8 @@
 //! goodbye. One whose reports do not arrive says so to its agents, which then look for
 //! a manager that is heard. The leader marks a node DOWN that nobody has heard for a grace
 //! period, and READY again when it is heard. Where the manager has gone silent that heard a node last,
-//! the node may live, and gets as long as agents need to go elsewhere. [`Tracker`] decides, on a monotonic
+//! the node may live, and gets as long as agents need to go elsewhere. Of many that fall silent at once few are
+//! DOWN each second (`Doubt`). [`Tracker`] decides, on a monotonic
 //! clock that is handed in; the loops here only carry messages and proposals.
 //! Sessions, tasks and tables are never touched from here.
 
