@@ -670,7 +670,9 @@ impl AssignmentSet {
 /// Whether the agent has nothing to do about the difference: it knows its own
 /// reports, and versions mean nothing to it.
 fn same_work(old: &Task, new: &Task) -> bool {
-    old.desired_state == new.desired_state
+    old.service_id == new.service_id
+        && old.slot == new.slot
+        && old.desired_state == new.desired_state
         && old.withdrawn == new.withdrawn
         && old.not_before == new.not_before
         && old.networks == new.networks
