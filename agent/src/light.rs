@@ -3,7 +3,7 @@
 //! The session loop, its connection, heartbeats, reports and acknowledgements are the real
 //! ones. There is no local store, runtime or data plane: a task runs as soon as it is
 //! assigned, has ended as soon as it shall, and every table is in a kernel at once. Tables
-//! are shown to the [`Observer`] and forgotten, so that ten thousand of these fit into one process.
+//! are shown to the [`Observer`], as they came, and forgotten, so that ten thousand of these fit into one process.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -43,6 +43,7 @@ pub trait Observer: Send + Sync + 'static {
 pub struct LightAgent {
     reporter: Arc<Reporter>,
     tasks: Arc<Mutex<HashMap<TaskId, i32>>>,
+    programmed: watch::Receiver<Programmed>,
     loops: [JoinHandle<()>; 2],
 }
 
@@ -65,7 +66,7 @@ impl LightAgent {
             remotes,
             description,
             reporter: reporter.clone(),
-            programmed: programmed_watch,
+            programmed: programmed_watch.clone(),
             worker: requests,
             state,
             cancel: CancellationToken::new(),
@@ -81,6 +82,7 @@ impl LightAgent {
         Self {
             reporter,
             tasks,
+            programmed: programmed_watch,
             loops: [
                 tokio::spawn(session_loop.run()),
                 tokio::spawn(worker.run(inbox, session)),
@@ -92,6 +94,12 @@ impl LightAgent {
     #[must_use]
     pub fn unacknowledged(&self) -> usize {
         self.reporter.unacknowledged()
+    }
+
+    /// The newest revision that it has applied.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.programmed.borrow().revision
     }
 
     /// The tasks it runs.
@@ -172,11 +180,9 @@ impl Worker {
         }
         self.held = set.results_in;
         let mut tasks = self.tasks.lock();
-        for change in set
-            .changes
-            .iter()
-            .filter_map(|change| change.change.as_ref())
-        {
+        // Its own tasks; what many agents are told stays encoded.
+        let own = set.messages.iter().flat_map(|message| &message.changes);
+        for change in own.filter_map(|change| change.change.as_ref()) {
             match change {
                 Change::Task(task) => {
                     let id = TaskId::from(&task.id);

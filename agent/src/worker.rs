@@ -73,8 +73,24 @@ pub struct AssignmentSet {
     pub applies_to: u64,
     /// Revision that is held afterwards.
     pub results_in: u64,
-    /// In the order in which they were sent.
-    pub changes: Vec<AssignmentChange>,
+    /// In the order in which they were sent. What many nodes get is still encoded: tables of thousands of rows are
+    /// decoded by whoever takes them in, and hold up no heartbeat.
+    pub messages: Vec<Assignments>,
+}
+
+impl AssignmentSet {
+    /// All changes, in order.
+    ///
+    /// # Errors
+    /// When a part of them cannot be decoded.
+    pub fn changes(&self) -> Result<Vec<AssignmentChange>, SetError> {
+        let mut changes = Vec::new();
+        for message in &self.messages {
+            let some = message.clone().into_changes();
+            changes.extend(some.map_err(|error| SetError::Invalid(error.to_string()))?);
+        }
+        Ok(changes)
+    }
 }
 
 /// Puts the messages of one set together.
@@ -110,7 +126,7 @@ impl Assembler {
             complete,
             applies_to: message.applies_to,
             results_in: message.results_in,
-            changes: Vec::new(),
+            messages: Vec::new(),
         });
         if (set.complete, set.applies_to, set.results_in)
             != (complete, message.applies_to, message.results_in)
@@ -120,9 +136,7 @@ impl Assembler {
             ));
         }
         let more = message.more;
-        let changes = message.into_changes();
-        let changes = changes.map_err(|error| SetError::Invalid(error.to_string()))?;
-        set.changes.extend(changes);
+        set.messages.push(message);
         if more {
             return Ok(None);
         }
@@ -188,7 +202,8 @@ pub fn apply(held: &Held, set: &AssignmentSet, node: &NodeId) -> Result<Held, Se
     next.revision = set.results_in;
     // A row may be sent before its network: rows of networks that are not there yet wait.
     let mut early = Vec::new();
-    for change in &set.changes {
+    let changes = set.changes()?;
+    for change in &changes {
         let Some(change) = &change.change else {
             return Err(SetError::Invalid(
                 "a change of a kind this version does not know".to_owned(),
@@ -396,12 +411,15 @@ mod tests {
             complete,
             applies_to: from,
             results_in: to,
-            changes: changes
-                .into_iter()
-                .map(|change| AssignmentChange {
-                    change: Some(change),
-                })
-                .collect(),
+            messages: vec![Assignments {
+                changes: changes
+                    .into_iter()
+                    .map(|change| AssignmentChange {
+                        change: Some(change),
+                    })
+                    .collect(),
+                ..Assignments::default()
+            }],
         }
     }
 
@@ -515,7 +533,7 @@ mod tests {
             .push(piece(false, task("a", 512)))
             .unwrap()
             .unwrap();
-        assert_eq!(whole.changes.len(), 2);
+        assert_eq!(whole.changes().unwrap().len(), 2);
         assembler.push(piece(true, network("net"))).unwrap();
         let other = Assignments {
             results_in: 4,
@@ -538,8 +556,10 @@ mod tests {
             ..Assignments::default()
         };
         let set = Assembler::default().push(message(part.encode_to_vec()));
-        assert_eq!(set.unwrap().unwrap().changes, [first, last.clone()]);
-        let refused = Assembler::default().push(message(vec![0xff]));
+        let set = set.unwrap().unwrap();
+        assert_eq!(set.changes().unwrap(), [first, last.clone()]);
+        let nonsense = Assembler::default().push(message(vec![0xff]));
+        let refused = apply(&Held::default(), &nonsense.unwrap().unwrap(), &node());
         assert!(matches!(refused, Err(SetError::Invalid(_))));
     }
 

@@ -59,7 +59,8 @@ impl Observer for Board {
         if !self.probing.load(Ordering::Relaxed) {
             return;
         }
-        for change in &set.changes {
+        let changes = set.changes().unwrap_or_default();
+        for change in &changes {
             if let Some(Change::Endpoint(row)) = &change.change
                 && let Some(probe) = &mut *self.probe.lock()
                 && probe.task == row.task_id

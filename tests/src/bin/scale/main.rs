@@ -20,11 +20,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use futures::{StreamExt as _, TryStreamExt as _};
 use swarm_agent::light::{LARGEST_MESSAGE, LightAgent};
+use swarm_proto::TaskId;
+use swarm_proto::v1::control_client::ControlClient;
 use swarm_proto::v1::{
     Annotations, ContainerSpec, CreateNetworkRequest, CreateServiceRequest, Filters,
-    ListNodesRequest, NetworkAttachmentConfig, NetworkSpec, NodeState, Placement, ReplicatedMode,
-    ServiceMode, ServiceSpec, TaskSpec, UpdateServiceRequest, service_mode,
+    GetTaskRequest, ListNodesRequest, NetworkAttachmentConfig, NetworkSpec, NodeState, Placement,
+    ReplicatedMode, ServiceMode, ServiceSpec, TaskSpec, UpdateServiceRequest, service_mode,
 };
+use tonic::transport::Channel;
 
 use crate::agents::{Board, Probe};
 use crate::managers::{MANAGERS, Managers};
@@ -473,10 +476,10 @@ impl Scale {
             .into_iter()
             .find(|task| !before.contains(task));
         let task = task.context("the agent's task on the network")?;
-        // Until what is on its way has arrived.
+        self.arrived(&mut control, &task).await?;
         let mut times = Vec::new();
-        for round in 0..=self.args.changes {
-            let ready = round % 2 == 1;
+        for round in 0..self.args.changes {
+            let ready = round % 2 == 0;
             *self.board.probe.lock() = Some(Probe {
                 task: task.to_string(),
                 ready,
@@ -500,14 +503,32 @@ impl Scale {
                 .take()
                 .map(|probe| probe.seen)
                 .unwrap_or_default();
-            // The first waits for what the start of the service has left in the queues.
-            if round > 0 {
-                times.extend(seen.iter().map(|late| late.as_secs_f64() * 1e3));
-            }
+            times.extend(seen.iter().map(|late| late.as_secs_f64() * 1e3));
         }
         self.board.probing.store(false, Ordering::Relaxed);
         self.percentiles("endpoint change -> applied on an agent, ms", &mut times);
         Ok(())
+    }
+
+    /// Returns when every agent has what the start of the tasks has left on its way: a task is no longer healthy,
+    /// and the state that says so is at all of them.
+    async fn arrived(&self, control: &mut ControlClient<Channel>, task: &TaskId) -> Result<()> {
+        self.agents[0].report_health(task, false);
+        let revision = loop {
+            let request = GetTaskRequest {
+                r#ref: task.to_string(),
+            };
+            let now = control.get_task(request).await?.into_inner();
+            if now.status.is_some_and(|status| !status.healthy) {
+                break now.meta.unwrap_or_default().version.unwrap_or_default();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        self.until("what is on its way has arrived at all agents", || {
+            let behind = |agent: &LightAgent| agent.revision() < revision.index;
+            !self.agents.iter().any(behind)
+        })
+        .await
     }
 
     async fn steady(&mut self) -> Result<()> {
