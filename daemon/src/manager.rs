@@ -11,7 +11,7 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use swarm_disk::{Disk, Threads};
 use swarm_identity::{AuthorizeLayer, Check, Connection, DataKey, Identity, Listener, grpc_server};
-use swarm_manager::{Manager, ManagerConfig, ca};
+use swarm_manager::{Hearing, Manager, ManagerConfig, ca};
 use swarm_proto::v1::dispatcher_server::SERVICE_NAME as DISPATCHER;
 use swarm_proto::v1::{NodeRole, Transaction};
 use swarm_raft::{RaftConfig, RaftNode};
@@ -164,7 +164,7 @@ impl RunningManager {
             context.fatal.clone(),
             cancel.clone(),
         ));
-        let telling = tokio::spawn(tell_standing(manager.leaderless(), health, cancel.clone()));
+        let telling = tokio::spawn(tell_standing(manager.hearing(), health, cancel.clone()));
         let running = Self {
             raft,
             manager,
@@ -257,19 +257,19 @@ impl RunningManager {
 
 /// Keeps the health of the dispatcher: it serves agents while a leader hears of them by it.
 async fn tell_standing(
-    mut leaderless: watch::Receiver<bool>,
+    mut hearing: watch::Receiver<Hearing>,
     health: HealthReporter,
     cancel: CancellationToken,
 ) {
     loop {
-        let status = match *leaderless.borrow_and_update() {
-            true => ServingStatus::NotServing,
-            false => ServingStatus::Serving,
+        let status = match *hearing.borrow_and_update() {
+            Hearing::Heard => ServingStatus::Serving,
+            Hearing::Doubtful | Hearing::Unheard => ServingStatus::NotServing,
         };
         health.set_service_status(DISPATCHER, status).await;
         tokio::select! {
             () = cancel.cancelled() => return,
-            changed = leaderless.changed() => if changed.is_err() { return },
+            changed = hearing.changed() => if changed.is_err() { return },
         }
     }
 }

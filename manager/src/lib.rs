@@ -30,6 +30,8 @@ use crate::ca::CaService;
 use crate::clock::{Clock, system_clock};
 use crate::control::Control;
 use crate::dispatcher::{Connect, Dispatcher, Liveness};
+
+pub use crate::dispatcher::Hearing;
 use crate::leader::{Leader, deciding_loops};
 
 /// A request for a certificate is small; whoever sends more has no certificate yet.
@@ -129,10 +131,10 @@ impl Manager {
         self.dispatcher.liveness_service()
     }
 
-    /// Whether no leader hears this manager: its agents are better off with another.
+    /// Whether a leader hears this manager; if not, agents are better off with another.
     #[must_use]
-    pub fn leaderless(&self) -> tokio::sync::watch::Receiver<bool> {
-        self.dispatcher.liveness().leaderless()
+    pub fn hearing(&self) -> tokio::sync::watch::Receiver<Hearing> {
+        self.dispatcher.liveness().hearing()
     }
 
     /// Ends watches, sessions and loops; returns once the loops have ended.

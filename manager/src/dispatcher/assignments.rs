@@ -439,9 +439,13 @@ impl Journal {
         }
     }
 
-    /// Every delta, one after the other.
-    pub fn push(&mut self, delta: &Delta) {
+    /// Every delta, one after the other, with the state that it starts from.
+    pub fn push(&mut self, prior: &State, delta: &Delta) {
         self.made.clear();
+        for (network, table) in &delta.tables {
+            let key = (prior.index(), network.clone());
+            self.made.insert(key, Some(table.clone()));
+        }
         if delta.rows.is_empty() {
             return;
         }
@@ -544,7 +548,13 @@ impl Missed {
         }
     }
 
-    /// Every delta that concerns the node, one after the other.
+    /// Whether tasks of the node are among it.
+    #[must_use]
+    pub fn own_tasks(&self) -> bool {
+        !self.own.is_empty()
+    }
+
+    /// Every delta that has to do with the node's own tasks, one after the other.
     pub fn add(&mut self, delta: &Delta, node: &NodeId) {
         for (old, new) in delta.tasks.get(node).into_iter().flatten() {
             if let Some(task) = new.as_ref().or(old.as_ref()) {
@@ -573,6 +583,17 @@ pub struct Advance {
     pub gained: Vec<NetworkId>,
     /// Networks that it no longer holds.
     pub lost: Vec<NetworkId>,
+}
+
+impl Advance {
+    /// Bytes of all changes, nearly.
+    #[must_use]
+    pub fn encoded_len(&self) -> usize {
+        let shared = self.shared.iter().flat_map(|shared| shared.parts.iter());
+        let shared: usize = shared.map(Bytes::len).sum();
+        let own = self.own.iter().map(prost::Message::encoded_len);
+        shared + own.sum::<usize>()
+    }
 }
 
 impl AssignmentSet {

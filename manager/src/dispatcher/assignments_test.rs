@@ -295,7 +295,7 @@ proptest! {
                 continue;
             };
             tables.forget(&delta);
-            journal.push(&delta);
+            journal.push(&prior, &delta);
             prior = Arc::clone(delta.state());
             for (number, (set, missed, id, held)) in agents.iter_mut().enumerate() {
                 missed.add(&delta, id);

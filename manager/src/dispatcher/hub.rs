@@ -4,14 +4,14 @@
 //! once; only sessions that it concerns are touched. When the store has gone on
 //! further than it remembers (or got a snapshot), two states are compared instead.
 //!
-//! A session has one update on its way at a time. What happens meanwhile is not
-//! queued: when the session is ready again it gets the difference between the state
-//! that its node was told of and the newest one. So the more there is to do, the more
-//! goes together, and a session that is slow costs nothing but its own delay. A batch that
-//! goes to many sessions is followed by a pause, so that a network on thousands of nodes
-//! leaves time for everything else. Nothing here waits for a session.
+//! A session has one update on its way at a time, and so many sessions have one at once (`Window`): what a
+//! change means for thousands of nodes is made and sent as fast as it is taken, so that heartbeats and requests never
+//! wait behind all of it. What happens meanwhile is not queued: when it is a session's turn it gets the difference
+//! between the state that its node was told of and the newest one. So the more there is to do, the more
+//! goes together. Nodes whose own tasks have changed go first. A session that is slow has its
+//! place for a moment only, and nothing here waits for it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,21 +24,28 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::assignments::{AssignmentSet, Delta, Journal, Missed, Shared, Tables};
+use super::liveness::Hearing;
 
 /// The one update on its way to a session, and acknowledgements of reports.
 const SESSION_QUEUE: usize = 32;
 /// Sessions that wait to be registered.
 const COMMANDS: usize = 256;
-/// Pause after a batch for each session that it went to: four times what a message costs a manager
-/// from here into the network (75 µs with TLS and TCP, measured with a thousand agents).
-const PAUSE_EACH: Duration = Duration::from_micros(300);
-/// The longest, so that endpoints are soon known everywhere: what 3,333 sessions need. With 100 ms, which is what
-/// 333 need, three managers on two cores did not get a network up on 4,000 nodes: they sent all the time.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// No shorter one is worth a timer.
-const PAUSE_MIN: Duration = Duration::from_millis(2);
+/// What is on its way to sessions at once, in bytes. Ten thousand agents beside three managers on two cores take some
+/// 100 MB a second, so that heartbeats and requests wait behind it for a few tenths of a second at most.
+const WINDOW: usize = 8 << 20;
+/// What an update takes of it beside its own bytes: it costs 150 µs of processor time from here to its acknowledgement,
+/// however small it is.
+const PLACE: usize = 16 << 10;
+/// How long one has its place at most: an agent that takes longer to acknowledge holds nobody up.
+const PLACE_MAX: Duration = Duration::from_millis(1000);
+/// While sessions wait for their turn new changes are looked at so often only: what comes meanwhile goes together.
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+/// Sessions that are given their updates before others have their turn on this thread.
+const TURN: usize = 32;
 /// Events after which no more are worked out together.
 const EVENTS: usize = 2048;
+/// Sessions that are told while it is doubtful that a leader hears this manager.
+const DOUBTFUL: usize = 50;
 /// Commands that are obeyed together.
 const COMMANDS_TOGETHER: usize = 64;
 
@@ -83,6 +90,11 @@ enum Command {
         node_id: NodeId,
         session_id: SessionId,
     },
+    /// The agent has acknowledged what the session was given last.
+    Settled {
+        node_id: NodeId,
+        session_id: SessionId,
+    },
     Close {
         node_id: NodeId,
         session_id: SessionId,
@@ -124,6 +136,16 @@ impl Hub {
         let _ = self.commands.send(command).await;
     }
 
+    /// The agent has what the session has sent.
+    pub(super) async fn settled(&self, node_id: NodeId, session_id: SessionId) {
+        let command = Command::Settled {
+            node_id,
+            session_id,
+        };
+        // When the hub has ended, so have its registrations.
+        let _ = self.commands.send(command).await;
+    }
+
     /// The session is over.
     pub(super) async fn close(&self, node_id: NodeId, session_id: SessionId) {
         let command = Command::Close {
@@ -138,23 +160,25 @@ impl Hub {
 /// The registry and its loop.
 pub(super) fn hub(
     consensus: Arc<dyn Consensus>,
-    leaderless: watch::Receiver<bool>,
+    hearing: watch::Receiver<Hearing>,
     cancel: CancellationToken,
 ) -> (Hub, impl Future<Output = ()> + Send) {
     let (commands, received) = mpsc::channel(COMMANDS);
     let (state, watch) = consensus.store().watch();
     let registry = Registry {
         managers: managers_of(&state),
-        leaderless: *leaderless.borrow(),
+        hearing: *hearing.borrow(),
         state,
         sessions: HashMap::new(),
         holders: HashMap::new(),
         tables: Tables::default(),
         journal: Journal::default(),
+        window: Window::default(),
+        due: Due::default(),
     };
     (
         Hub { commands },
-        run(consensus, registry, watch, received, leaderless, cancel),
+        run(consensus, registry, watch, received, hearing, cancel),
     )
 }
 
@@ -163,12 +187,17 @@ async fn run(
     mut registry: Registry,
     mut watch: Watch,
     mut commands: mpsc::Receiver<Command>,
-    mut leaderless: watch::Receiver<bool>,
+    mut hearing: watch::Receiver<Hearing>,
     cancel: CancellationToken,
 ) {
-    // No change is looked at before.
+    // No change is looked at before, while sessions wait for their turn.
     let mut rested = Instant::now();
     loop {
+        let waiting = registry.serve(Instant::now());
+        let pause = match waiting {
+            Waiting::Nobody => None,
+            _ => Some(rested),
+        };
         tokio::select! {
             () = cancel.cancelled() => return,
             command = commands.recv() => match command {
@@ -184,37 +213,149 @@ async fn run(
                 }
                 None => return,
             },
-            Ok(()) = leaderless.changed() => {
-                let leaderless = *leaderless.borrow_and_update();
-                registry.stand(leaderless);
+            Ok(()) = hearing.changed() => {
+                let hearing = *hearing.borrow_and_update();
+                registry.stand(hearing);
             }
-            change = next_after(rested, &mut watch) => {
+            change = next_after(pause, &mut watch) => {
                 let changes = change.and_then(|first| watch.drain(first, EVENTS));
-                let sent = match changes {
+                match changes {
                     Ok(changes) => registry.follow(&changes),
-                    Err(WatchError::Lagged { .. }) => {
-                        let (sent, next) = registry.catch_up(consensus.store());
-                        watch = next;
-                        sent
-                    }
+                    Err(WatchError::Lagged { .. }) => watch = registry.catch_up(consensus.store()),
                     Err(WatchError::Closed) => return,
-                };
-                let pause = (PAUSE_EACH * sent).min(PAUSE_MAX);
-                if pause >= PAUSE_MIN {
-                    rested = Instant::now() + pause;
                 }
+                rested = Instant::now() + PAUSE_MAX;
             }
+            () = turn(waiting) => {}
         }
         // Sessions and requests have the same threads, and are to have their turn.
         tokio::task::yield_now().await;
     }
 }
 
-async fn next_after(time: Instant, watch: &mut Watch) -> Result<Change, WatchError> {
-    if time > Instant::now() {
+/// Returns when sessions that wait can have their turn.
+async fn turn(waiting: Waiting) {
+    match waiting {
+        Waiting::Nobody => std::future::pending().await,
+        Waiting::Next => {}
+        Waiting::Until(time) => tokio::time::sleep_until(time).await,
+    }
+}
+
+async fn next_after(time: Option<Instant>, watch: &mut Watch) -> Result<Change, WatchError> {
+    if let Some(time) = time.filter(|time| *time > Instant::now()) {
         tokio::time::sleep_until(time).await;
     }
     watch.next().await
+}
+
+/// Which sessions have an update that is not acknowledged: a bounded number, each for a bounded time.
+#[derive(Debug, Default)]
+struct Window {
+    /// Places that were given, by time. Those that were given back are among them.
+    given: VecDeque<(Instant, NodeId, u64)>,
+    /// In bytes.
+    taken: usize,
+    last: u64,
+}
+
+/// A session's place in the window.
+#[derive(Debug)]
+struct Place {
+    number: u64,
+    bytes: usize,
+}
+
+impl Window {
+    fn is_full(&self) -> bool {
+        self.taken >= WINDOW
+    }
+
+    /// A place for the node from now on. It gives back the one that it had.
+    fn give(&mut self, node_id: &NodeId, place: &mut Option<Place>, bytes: usize, now: Instant) {
+        self.take_back(place);
+        let bytes = bytes + PLACE;
+        self.taken += bytes;
+        self.last += 1;
+        *place = Some(Place {
+            number: self.last,
+            bytes,
+        });
+        self.given.push_back((now, node_id.clone(), self.last));
+    }
+
+    fn take_back(&mut self, place: &mut Option<Place>) {
+        if let Some(place) = place.take() {
+            self.taken -= place.bytes;
+        }
+    }
+
+    /// The next place that was given too long ago, whether or not it was given back.
+    fn overdue(&mut self, now: Instant) -> Option<(NodeId, u64)> {
+        let (given, ..) = self.given.front()?;
+        if now < *given + PLACE_MAX {
+            return None;
+        }
+        let (_, node_id, place) = self.given.pop_front()?;
+        Some((node_id, place))
+    }
+
+    /// When the next place will have been given too long ago.
+    fn next(&self) -> Option<Instant> {
+        self.given.front().map(|(given, ..)| *given + PLACE_MAX)
+    }
+}
+
+/// Who waits for a turn.
+#[derive(Debug, Default)]
+struct Due {
+    /// Nodes whose own tasks have changed,
+    own: VecDeque<NodeId>,
+    /// and those that only have networks that have. One that has had its turn, or has moved to the others, may still
+    /// be here.
+    tables: VecDeque<NodeId>,
+}
+
+impl Due {
+    /// The node waits for a turn with this, if not with something that goes first already.
+    fn push(&mut self, node_id: &NodeId, queued: &mut Queued, what: Queued) {
+        if *queued >= what {
+            return;
+        }
+        *queued = what;
+        match what {
+            Queued::Own => self.own.push_back(node_id.clone()),
+            _ => self.tables.push_back(node_id.clone()),
+        }
+    }
+
+    fn pop(&mut self) -> Option<(NodeId, Queued)> {
+        let own = self.own.pop_front().map(|node_id| (node_id, Queued::Own));
+        own.or_else(|| Some((self.tables.pop_front()?, Queued::Tables)))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.own.is_empty() && self.tables.is_empty()
+    }
+}
+
+/// What a session waits for a turn with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Queued {
+    #[default]
+    No,
+    Tables,
+    Own,
+}
+
+/// Whether sessions wait for their turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waiting {
+    Nobody,
+    /// They can have it.
+    Next,
+    /// They can have it when others have acknowledged, or at this time.
+    Until(Instant),
 }
 
 struct Registry {
@@ -222,8 +363,8 @@ struct Registry {
     state: Arc<State>,
     /// All managers in that state.
     managers: Vec<ManagerPeer>,
-    /// No leader hears this manager.
-    leaderless: bool,
+    /// Whether a leader hears this manager.
+    hearing: Hearing,
     sessions: HashMap<NodeId, Entry>,
     /// Nodes with a session that hold each network.
     holders: HashMap<NetworkId, BTreeSet<NodeId>>,
@@ -231,6 +372,8 @@ struct Registry {
     tables: Tables,
     /// What has led to that state.
     journal: Journal,
+    window: Window,
+    due: Due,
 }
 
 struct Entry {
@@ -242,8 +385,13 @@ struct Entry {
     sending: bool,
     /// What has happened since the state that the set is true of, if that is not the newest.
     behind: Option<Missed>,
-    /// It is to be told of its node and the managers.
+    /// Its place in the window.
+    place: Option<Place>,
+    queued: Queued,
+    /// It is to be told of its node and the managers,
     uninformed: bool,
+    /// among that, that no leader hears this one.
+    leaderless: bool,
     queue: mpsc::Sender<Update>,
     end: oneshot::Sender<Status>,
 }
@@ -260,6 +408,15 @@ impl Registry {
                 node_id,
                 session_id,
             } => self.ready(&node_id, &session_id),
+            Command::Settled {
+                node_id,
+                session_id,
+            } => {
+                let entry = self.sessions.get_mut(&node_id);
+                if let Some(entry) = entry.filter(|entry| entry.session_id == session_id) {
+                    self.window.take_back(&mut entry.place);
+                }
+            }
             Command::Close {
                 node_id,
                 session_id,
@@ -291,16 +448,20 @@ impl Registry {
                 .insert(node_id.clone());
         }
         let complete = set.complete(&self.state, &mut self.tables);
-        let entry = Entry {
+        let mut entry = Entry {
             session_id,
             set,
             revision: self.state.index(),
             sending: true,
             behind: None,
+            place: None,
+            queued: Queued::No,
             uninformed: false,
+            leaderless: self.sessions.len() < told(self.hearing),
             queue: queue.clone(),
             end,
         };
+        let bytes = complete.encoded_len();
         // The queue is empty: it fits.
         let _ = queue.try_send(Update::Assignments {
             applies_to: None,
@@ -309,12 +470,14 @@ impl Registry {
             own: complete.own,
         });
         let registered = Registered {
-            info: Some(Box::new(self.info(&node_id))),
+            info: Some(Box::new(self.info(&node_id, entry.leaderless))),
             updates,
             queue,
             ended,
         };
         if reply.send(registered).is_ok() {
+            self.window
+                .give(&node_id, &mut entry.place, bytes, Instant::now());
             self.sessions.insert(node_id, entry);
         } else {
             // Nobody waits for it any more.
@@ -361,7 +524,8 @@ impl Registry {
 
     /// Takes a session out of the registry.
     fn forget(&mut self, node_id: &NodeId) -> Option<Entry> {
-        let entry = self.sessions.remove(node_id)?;
+        let mut entry = self.sessions.remove(node_id)?;
+        self.window.take_back(&mut entry.place);
         for network in entry.set.networks() {
             release(&mut self.holders, network, node_id);
         }
@@ -375,33 +539,43 @@ impl Registry {
         }
     }
 
-    /// Takes in what has changed. To how many sessions it was sent.
-    fn follow(&mut self, changes: &[Change]) -> u32 {
+    /// Takes in what has changed. Those that it concerns get a turn.
+    fn follow(&mut self, changes: &[Change]) {
         let prior = self.state.clone();
         let Some(delta) = Delta::new(&prior, changes) else {
-            return 0;
+            return;
         };
-        let mut sent = 0;
         self.state = delta.state().clone();
-        self.journal.push(&delta);
+        self.journal.push(&prior, &delta);
         self.tables.forget(&delta);
-        let mut concerned: BTreeSet<NodeId> = delta.nodes().cloned().collect();
-        for network in delta.networks() {
-            concerned.extend(self.holders.get(network).into_iter().flatten().cloned());
+        for node_id in delta.nodes() {
+            self.miss(node_id, &prior, &delta, Queued::Own);
         }
-        for node_id in concerned {
-            match self.sessions.get_mut(&node_id) {
-                Some(entry) if entry.sending => {
-                    let behind = &mut entry.behind;
-                    let missed = behind.get_or_insert_with(|| Missed::since(prior.clone()));
-                    missed.add(&delta, &node_id);
-                }
-                Some(_) => sent += u32::from(self.advance(node_id, &delta)),
-                None => {}
+        for network in delta.networks() {
+            let Some(holders) = self.holders.remove(network) else {
+                continue;
+            };
+            for node_id in &holders {
+                self.miss(node_id, &prior, &delta, Queued::Tables);
             }
+            self.holders.insert(network.clone(), holders);
         }
         self.inform(&prior, changes);
-        sent
+    }
+
+    /// Has a session told of a delta that concerns it when it is its turn.
+    fn miss(&mut self, node_id: &NodeId, prior: &Arc<State>, delta: &Delta, what: Queued) {
+        let Some(entry) = self.sessions.get_mut(node_id) else {
+            return;
+        };
+        let behind = &mut entry.behind;
+        let missed = behind.get_or_insert_with(|| Missed::since(prior.clone()));
+        if what == Queued::Own {
+            missed.add(delta, node_id);
+        }
+        if !entry.sending {
+            self.due.push(node_id, &mut entry.queued, what);
+        }
     }
 
     /// The session can have another update.
@@ -415,19 +589,64 @@ impl Registry {
         entry.sending = false;
         if std::mem::take(&mut entry.uninformed) {
             self.tell(node_id);
-        } else if let Some(missed) = entry.behind.take() {
-            let delta = self.journal.catch_up(&entry.set, missed, &self.state);
-            self.advance(node_id.clone(), &delta);
+        } else if let Some(missed) = &entry.behind {
+            let what = match missed.own_tasks() {
+                true => Queued::Own,
+                false => Queued::Tables,
+            };
+            self.due.push(node_id, &mut entry.queued, what);
+        }
+    }
+
+    /// Gives sessions that wait their turn, as many as have one now.
+    fn serve(&mut self, now: Instant) -> Waiting {
+        while let Some((node_id, number)) = self.window.overdue(now) {
+            let place = self
+                .sessions
+                .get_mut(&node_id)
+                .map(|entry| &mut entry.place);
+            let overdue =
+                |place: &&mut Option<Place>| place.as_ref().is_some_and(|p| p.number == number);
+            if let Some(place) = place.filter(overdue) {
+                self.window.take_back(place);
+            }
+        }
+        let mut served = 0;
+        while served < TURN && !self.window.is_full() {
+            let Some((node_id, what)) = self.due.pop() else {
+                return Waiting::Nobody;
+            };
+            let entry = self.sessions.get_mut(&node_id);
+            let Some(entry) = entry.filter(|entry| entry.queued == what) else {
+                continue;
+            };
+            entry.queued = Queued::No;
+            // It says when it is ready.
+            if entry.sending {
+                continue;
+            }
+            if let Some(missed) = entry.behind.take() {
+                let delta = self.journal.catch_up(&entry.set, missed, &self.state);
+                self.advance(node_id, &delta);
+                served += 1;
+            }
+        }
+        if self.due.is_empty() {
+            return Waiting::Nobody;
+        }
+        match self.window.next() {
+            Some(next) if self.window.is_full() => Waiting::Until(next),
+            _ => Waiting::Next,
         }
     }
 
     /// Gives a session that is ready what a delta, which begins where its set is, means for it.
-    /// Whether that is anything.
-    fn advance(&mut self, node_id: NodeId, delta: &Delta) -> bool {
+    fn advance(&mut self, node_id: NodeId, delta: &Delta) {
         let Some(entry) = self.sessions.get_mut(&node_id) else {
-            return false;
+            return;
         };
         let advance = entry.set.advance(delta, &mut self.tables);
+        let bytes = advance.encoded_len();
         for network in advance.gained {
             self.holders
                 .entry(network)
@@ -438,8 +657,10 @@ impl Registry {
             release(&mut self.holders, network, &node_id);
         }
         if advance.shared.is_empty() && advance.own.is_empty() {
-            return false;
+            return;
         }
+        self.window
+            .give(&node_id, &mut entry.place, bytes, Instant::now());
         let results_in = delta.state().index();
         let update = Update::Assignments {
             applies_to: Some(std::mem::replace(&mut entry.revision, results_in)),
@@ -448,7 +669,6 @@ impl Registry {
             own: advance.own,
         };
         self.send(&node_id, update);
-        true
     }
 
     fn send(&mut self, node_id: &NodeId, update: Update) {
@@ -524,10 +744,18 @@ impl Registry {
         }
     }
 
-    /// Tells all sessions whether a leader hears this manager.
-    fn stand(&mut self, leaderless: bool) {
-        self.leaderless = leaderless;
-        for node_id in self.sessions.keys().cloned().collect::<Vec<_>>() {
+    /// Tells sessions whether a leader hears this manager: few of them while it is doubtful that one does.
+    fn stand(&mut self, hearing: Hearing) {
+        self.hearing = hearing;
+        let told = told(hearing);
+        let mut concerned = Vec::new();
+        for (place, (node_id, entry)) in self.sessions.iter_mut().enumerate() {
+            let leaderless = place < told;
+            if std::mem::replace(&mut entry.leaderless, leaderless) != leaderless {
+                concerned.push(node_id.clone());
+            }
+        }
+        for node_id in concerned {
             self.tell(&node_id);
         }
     }
@@ -540,13 +768,14 @@ impl Registry {
         if entry.sending {
             entry.uninformed = true;
         } else {
-            let info = self.info(node_id);
+            let leaderless = entry.leaderless;
+            let info = self.info(node_id, leaderless);
             self.send(node_id, Update::Info(Box::new(info)));
         }
     }
 
     /// What a session must know beside its assignments.
-    fn info(&self, node_id: &NodeId) -> SessionInfo {
+    fn info(&self, node_id: &NodeId, leaderless: bool) -> SessionInfo {
         let cluster = self.state.cluster();
         let port = cluster.map_or(0, |cluster| cluster.data_path_port);
         SessionInfo {
@@ -557,12 +786,12 @@ impl Registry {
                 0 => defaults::DATA_PATH_PORT.into(),
                 port => port,
             },
-            leaderless: self.leaderless,
+            leaderless,
         }
     }
 
     /// Changes were lost: what they come to is seen from the states before and after them.
-    fn catch_up(&mut self, store: &Store) -> (u32, Watch) {
+    fn catch_up(&mut self, store: &Store) -> Watch {
         let (state, watch) = store.watch();
         let change = Change::between(&self.state, state);
         tracing::info!(
@@ -570,7 +799,17 @@ impl Registry {
             behind = change.index.saturating_sub(self.state.index()),
             "the dispatcher was behind; going on from the newest state"
         );
-        (self.follow(&[change]), watch)
+        self.follow(&[change]);
+        watch
+    }
+}
+
+/// How many sessions are told that no leader hears this manager.
+fn told(hearing: Hearing) -> usize {
+    match hearing {
+        Hearing::Heard => 0,
+        Hearing::Doubtful => DOUBTFUL,
+        Hearing::Unheard => usize::MAX,
     }
 }
 
@@ -608,6 +847,8 @@ fn managers_of(state: &State) -> Vec<ManagerPeer> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use swarm_proto::v1::{ObjectKind, TaskState, TaskStatus};
     use swarm_store::testing::{LocalConsensus, create, node, remove, service, task, update};
 
@@ -616,7 +857,7 @@ mod tests {
     struct Running {
         consensus: Arc<LocalConsensus>,
         hub: Hub,
-        leaderless: watch::Sender<bool>,
+        hearing: watch::Sender<Hearing>,
         cancel: CancellationToken,
         run: tokio::task::JoinHandle<()>,
     }
@@ -630,12 +871,12 @@ mod tests {
         ];
         consensus.write(made).expect("valid");
         let cancel = CancellationToken::new();
-        let (leaderless, stands) = watch::channel(false);
-        let (hub, run) = hub(consensus.clone(), stands, cancel.clone());
+        let (hearing, heard) = watch::channel(Hearing::Heard);
+        let (hub, run) = hub(consensus.clone(), heard, cancel.clone());
         Running {
             consensus,
             hub,
-            leaderless,
+            hearing,
             cancel,
             run: tokio::spawn(run),
         }
@@ -653,6 +894,7 @@ mod tests {
 
     /// A session, as its connection has it.
     struct Session {
+        node: NodeId,
         id: SessionId,
         held: Registered,
     }
@@ -691,12 +933,14 @@ mod tests {
 
     impl Running {
         async fn open(&self) -> Session {
+            self.open_of("w1".into()).await
+        }
+
+        async fn open_of(&self, node: NodeId) -> Session {
             let id = SessionId::random();
-            let opened = self.hub.open("w1".into(), id.clone()).await;
-            Session {
-                id,
-                held: opened.expect("the hub runs"),
-            }
+            let opened = self.hub.open(node.clone(), id.clone()).await;
+            let held = opened.expect("the hub runs");
+            Session { node, id, held }
         }
 
         /// A session that has sent its complete set.
@@ -707,8 +951,27 @@ mod tests {
             session
         }
 
+        /// So many, of nodes "n0", "n1"…, each of which has its complete set.
+        async fn many(&self, count: usize) -> Vec<Session> {
+            let mut sessions = Vec::new();
+            for number in 0..count {
+                let mut session = self.open_of(format!("n{number}").into()).await;
+                session.assignments().await;
+                self.ready(&session).await;
+                self.settle(&session).await;
+                sessions.push(session);
+            }
+            sessions
+        }
+
         async fn ready(&self, session: &Session) {
-            self.hub.ready("w1".into(), session.id.clone()).await;
+            let (node, id) = (session.node.clone(), session.id.clone());
+            self.hub.ready(node, id).await;
+        }
+
+        async fn settle(&self, session: &Session) {
+            let (node, id) = (session.node.clone(), session.id.clone());
+            self.hub.settled(node, id).await;
         }
 
         /// Returns when the hub has taken in all that has happened.
@@ -720,7 +983,7 @@ mod tests {
                 let update = other.updates.recv().await;
                 let newest = self.consensus.store().state().index();
                 if matches!(update, Some(Update::Assignments { results_in, .. }) if results_in == newest)
-                    && informed == *self.leaderless.borrow()
+                    && informed == (*self.hearing.borrow() == Hearing::Unheard)
                 {
                     return;
                 }
@@ -743,12 +1006,49 @@ mod tests {
         let running = running();
         let mut session = running.opened().await;
         assert!(!session.held.info.as_ref().expect("new").leaderless);
-        running.leaderless.send_replace(true);
-        match session.update().await {
-            Update::Info(info) => assert!(info.leaderless),
-            other => panic!("{other:?}"),
+        for (hearing, leaderless) in [
+            (Hearing::Doubtful, true),
+            (Hearing::Heard, false),
+            (Hearing::Unheard, true),
+        ] {
+            running.hearing.send_replace(hearing);
+            match session.update().await {
+                Update::Info(info) => assert_eq!(info.leaderless, leaderless),
+                other => panic!("{other:?}"),
+            }
+            running.ready(&session).await;
         }
         assert!(running.open().await.held.info.expect("new").leaderless);
+        running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn few_sessions_are_told_while_it_is_doubtful_that_a_leader_hears_their_manager() {
+        let running = running();
+        let mut sessions = running.many(DOUBTFUL + 20).await;
+        let told = |sessions: &mut Vec<Session>| {
+            let told = sessions
+                .iter_mut()
+                .map(|session| session.held.updates.try_recv());
+            let told = told.map(|update| matches!(update, Ok(Update::Info(_))));
+            told.map(usize::from).sum::<usize>()
+        };
+        for (hearing, expected) in [
+            (Hearing::Doubtful, DOUBTFUL),
+            (Hearing::Unheard, 20),
+            (Hearing::Heard, DOUBTFUL + 20),
+        ] {
+            running.hearing.send_replace(hearing);
+            let mut seen = 0;
+            while seen < expected {
+                tokio::task::yield_now().await;
+                seen += told(&mut sessions);
+            }
+            assert_eq!((seen, told(&mut sessions)), (expected, 0));
+            for session in &sessions {
+                running.ready(session).await;
+            }
+        }
         running.stop().await;
     }
 
@@ -764,7 +1064,7 @@ mod tests {
             index = running.assign(&format!("t{number}"));
             tokio::task::yield_now().await;
         }
-        running.leaderless.send_replace(true);
+        running.hearing.send_replace(Hearing::Unheard);
         running.settled().await;
         assert!(slow.held.updates.try_recv().is_err());
         running.ready(&slow).await;
@@ -793,40 +1093,83 @@ mod tests {
         running.stop().await;
     }
 
+    /// Whether the session has got an update of assignments.
+    fn served(session: &mut Session) -> bool {
+        let update = session.held.updates.try_recv();
+        matches!(update, Ok(Update::Assignments { .. }))
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn a_batch_to_many_sessions_is_followed_by_a_pause_and_one_to_few_is_not() {
-        let pause = |count: u32| (PAUSE_EACH * count).min(PAUSE_MAX);
-        for (count, expected) in [(2, Duration::ZERO), (100, pause(100)), (5000, PAUSE_MAX)] {
-            let running = running();
-            let mut sessions = Vec::new();
-            for number in 0..count {
-                let (node, id) = (NodeId::from(format!("n{number}")), SessionId::random());
-                let held = running.hub.open(node.clone(), id.clone()).await;
-                let mut session = Session {
-                    held: held.expect("the hub runs"),
-                    id: id.clone(),
-                };
-                session.assignments().await;
-                running.hub.ready(node, id).await;
-                sessions.push(session);
-            }
-            let tasks = (0..count).map(|n| create(assigned(&format!("t{n}"), &format!("n{n}"))));
-            running.consensus.write(tasks).expect("valid");
+    async fn so_much_is_on_its_way_as_fits_until_it_is_acknowledged_or_overdue() {
+        let running = running();
+        let mut sessions = running.many(WINDOW / PLACE + 200).await;
+        let began = Instant::now();
+        let tasks = sessions.iter().map(|session| {
+            let task = assigned(&format!("t-{}", session.node), &session.node);
+            create(task)
+        });
+        running.consensus.write(tasks).expect("valid");
+        let mut served_at = BTreeMap::new();
+        let mut rounds = Vec::new();
+        while served_at.len() < sessions.len() {
+            // All that can be sent now is sent before time goes on.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            let mut round = Vec::new();
             for (number, session) in sessions.iter_mut().enumerate() {
-                assert_eq!(session.assignments().await.own, 1);
-                let node = NodeId::from(format!("n{number}"));
-                running.hub.ready(node, session.id.clone()).await;
+                if served(session) {
+                    served_at.insert(number, began.elapsed());
+                    round.push(number);
+                }
             }
-            let sent = Instant::now();
-            let another = create(assigned("another", "n0"));
-            running.consensus.write([another]).expect("valid");
-            assert_eq!(sessions[0].assignments().await.own, 1);
-            // A timer is a millisecond late at most.
-            let late = sent.elapsed();
-            let most = expected + Duration::from_millis(u64::from(!expected.is_zero()));
-            assert!((expected..=most).contains(&late), "{count}: {late:?}");
-            running.stop().await;
+            // The first ten acknowledge. The others do not; it is their agents' business.
+            if rounds.is_empty() {
+                for number in &round[..10] {
+                    running.settle(&sessions[*number]).await;
+                }
+            }
+            if !round.is_empty() {
+                rounds.push((round.len(), began.elapsed()));
+            }
         }
+        let [(first, at_once), (second, settled), (third, overdue)] = rounds[..] else {
+            panic!("{rounds:?}");
+        };
+        // An update has some bytes itself.
+        assert!((WINDOW / PLACE - 20..=WINDOW / PLACE).contains(&first));
+        assert!(at_once < PLACE_MAX / 10, "{rounds:?}");
+        assert_eq!(second, 10);
+        assert!(settled < PLACE_MAX / 10, "{rounds:?}");
+        assert_eq!(first + second + third, sessions.len());
+        let late = overdue - PLACE_MAX;
+        assert!(late < PLACE_MAX / 10, "{rounds:?}");
+        running.stop().await;
+    }
+
+    #[test]
+    fn those_whose_own_tasks_have_changed_go_first() {
+        let [a, b, c] = ["a", "b", "c"].map(NodeId::from);
+        let [mut of_a, mut of_b, mut of_c] = [Queued::No; 3];
+        let mut due = Due::default();
+        due.push(&a, &mut of_a, Queued::Tables);
+        due.push(&b, &mut of_b, Queued::Own);
+        due.push(&c, &mut of_c, Queued::Tables);
+        // Now it has a task to be told of, too.
+        due.push(&c, &mut of_c, Queued::Own);
+        due.push(&b, &mut of_b, Queued::Tables);
+        assert_eq!(
+            [of_a, of_b, of_c],
+            [Queued::Tables, Queued::Own, Queued::Own]
+        );
+        let order = std::iter::from_fn(|| due.pop()).collect::<Vec<_>>();
+        // The last one has had its turn.
+        let expected = [
+            (b, Queued::Own),
+            (c.clone(), Queued::Own),
+            (a, Queued::Tables),
+            (c, Queued::Tables),
+        ];
+        assert_eq!(order, expected);
+        assert!(due.is_empty());
     }
 
     #[tokio::test]

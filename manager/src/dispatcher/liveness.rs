@@ -2,7 +2,7 @@
 //!
 //! Every manager collects whom its sessions heard and reports it to the leader
 //! once per heartbeat period, and at once when a session opens or a node says
-//! goodbye. One whose reports do not arrive says so to its agents, which then look for
+//! goodbye. One whose reports do not arrive says so to its agents, a few at first, which then look for
 //! a manager that is heard. The leader marks a node DOWN that nobody has heard for a grace
 //! period, and READY again when it is heard. Where the manager has gone silent that heard a node last,
 //! the node may live, and gets as long as agents need to go elsewhere. Of many that fall silent at once few are
@@ -43,10 +43,11 @@ pub type Connect = Arc<dyn Fn(&str) -> Result<Channel, String> + Send + Sync>;
 /// A leader that refuses this manager's reports for so long is right: one that was just elected
 /// may not have applied the promotion of this node yet.
 const DEMOTED_AFTER: Duration = Duration::from_secs(2);
-/// The parts of a heartbeat period: after how many without a report that was taken a manager is
-/// leaderless (its agents need some of the grace period to go elsewhere), how long one report may take,
-/// and the wait after one that failed.
-const LEADERLESS_AFTER: f64 = 1.5;
+/// The parts of a heartbeat period: after how many without a report that was taken it is doubtful that a leader
+/// hears a manager (its agents need some of the grace period to go elsewhere), and after how many certain that none does; how
+/// long one report may take, and the wait after one that failed.
+const DOUBTFUL_AFTER: f64 = 1.5;
+const UNHEARD_AFTER: f64 = 2.5;
 const REPORT_PATIENCE: f64 = 0.5;
 const REPORT_AGAIN: f64 = 0.25;
 /// Nodes in one report; more than a cluster has.
@@ -76,6 +77,18 @@ pub fn heartbeat_period(state: &State) -> Duration {
     );
     // A shorter one is noise; nobody waits an hour to see a node die.
     period.clamp(Duration::from_millis(50), Duration::from_secs(3600))
+}
+
+/// Whether a leader hears a manager, and with it its agents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hearing {
+    /// It takes the manager's reports.
+    Heard,
+    /// It has not for a while. A few agents are told, which soon find another manager if there is one: thousands would
+    /// all make connections to the others, and most likely one of the two is only busy.
+    Doubtful,
+    /// Its agents are better off elsewhere.
+    Unheard,
 }
 
 /// What silence is measured with.
@@ -325,7 +338,7 @@ impl Tracker {
         for node in state.nodes().filter(|node| node.manager_status.is_some()) {
             self.managers.entry(NodeId::from(&node.id)).or_insert(now);
         }
-        let patience = period.mul_f64(LEADERLESS_AFTER);
+        let patience = period.mul_f64(DOUBTFUL_AFTER);
         let silent = self
             .managers
             .iter()
@@ -374,16 +387,18 @@ impl Standing {
         Some(now.saturating_duration_since(at))
     }
 
-    /// A report was not taken: whether nobody can be said to hear this manager's nodes.
+    /// A report was not taken: whether anybody can be said to hear this manager's nodes.
     /// `another_leads`: as far as is known here.
-    fn leaderless(&self, now: Instant, period: Duration, another_leads: bool) -> bool {
-        let since = match self.taken {
-            // A leader that no quorum answers has waited for it long enough before it gave up.
-            Some((_, true)) if !another_leads => return true,
-            Some((at, _)) => at,
-            None => self.began,
-        };
-        now >= since + period.mul_f64(LEADERLESS_AFTER)
+    fn hearing(&self, now: Instant, period: Duration, another_leads: bool) -> Hearing {
+        let (since, led) = self.taken.unwrap_or((self.began, false));
+        let unheard = |periods: f64| now >= since + period.mul_f64(periods);
+        // A leader that no quorum answers has waited for it long enough before it gave up.
+        let deposed = led && !another_leads;
+        match () {
+            () if unheard(UNHEARD_AFTER) => Hearing::Unheard,
+            () if deposed || unheard(DOUBTFUL_AFTER) => Hearing::Doubtful,
+            () => Hearing::Heard,
+        }
     }
 }
 
@@ -406,7 +421,7 @@ struct Shared {
     /// There while this manager's leader loop runs.
     tracker: Mutex<Option<Tracker>>,
     standing: Mutex<Standing>,
-    leaderless: watch::Sender<bool>,
+    hearing: watch::Sender<Hearing>,
     /// A report changes the verdict.
     news: Notify,
     /// A node has applied a newer revision.
@@ -454,17 +469,17 @@ impl Liveness {
                 urgent: Notify::new(),
                 tracker: Mutex::new(None),
                 standing: Mutex::new(Standing::new(now())),
-                leaderless: watch::Sender::new(false),
+                hearing: watch::Sender::new(Hearing::Heard),
                 news: Notify::new(),
                 newer: Notify::new(),
             }),
         }
     }
 
-    /// Whether no leader takes what this manager reports, so that its agents are better off elsewhere.
+    /// Whether a leader takes what this manager reports.
     #[must_use]
-    pub fn leaderless(&self) -> watch::Receiver<bool> {
-        self.shared.leaderless.subscribe()
+    pub fn hearing(&self) -> watch::Receiver<Hearing> {
+        self.shared.hearing.subscribe()
     }
 
     /// A session has heard the node, which has acknowledged `revision`.
@@ -606,26 +621,34 @@ impl Liveness {
     /// A leader, this manager itself perhaps, has taken a report.
     fn taken(&self, by_itself: bool) {
         self.shared.standing.lock().taken(now(), by_itself);
-        self.stand(false);
+        let changed =
+            |before: &mut Hearing| std::mem::replace(before, Hearing::Heard) != Hearing::Heard;
+        if self.shared.hearing.send_if_modified(changed) {
+            tracing::info!("a leader hears this manager");
+        }
     }
 
     /// No leader has taken a report.
     fn untaken(&self, leadership: &watch::Receiver<Leadership>, period: Duration) {
         let leader = leadership.borrow().leader.clone();
         let another = leader.is_some_and(|leader| leader.node_id != self.shared.node_id);
-        let standing = self.shared.standing.lock();
-        if standing.leaderless(now(), period, another) {
-            drop(standing);
-            self.stand(true);
-        }
-    }
-
-    fn stand(&self, leaderless: bool) {
-        let changed = |before: &mut bool| std::mem::replace(before, leaderless) != leaderless;
-        if self.shared.leaderless.send_if_modified(changed) {
-            match leaderless {
-                true => tracing::warn!("no leader hears this manager; its agents look for another"),
-                false => tracing::info!("a leader hears this manager"),
+        let hearing = self.shared.standing.lock().hearing(now(), period, another);
+        let worse = |before: &mut Hearing| {
+            let worse = *before < hearing;
+            *before = hearing.max(*before);
+            worse
+        };
+        if self.shared.hearing.send_if_modified(worse) {
+            match hearing {
+                Hearing::Heard => {}
+                Hearing::Doubtful => {
+                    tracing::warn!(
+                        "no leader has heard this manager of late; some agents look for another"
+                    );
+                }
+                Hearing::Unheard => {
+                    tracing::warn!("no leader hears this manager; its agents look for another");
+                }
             }
         }
     }
@@ -925,22 +948,27 @@ mod tests {
     }
 
     #[test]
-    fn a_manager_is_leaderless_in_time_for_its_agents_to_be_heard_elsewhere() {
+    fn agents_are_told_that_no_leader_hears_their_manager_in_time_to_be_heard_elsewhere() {
         let start = Instant::now();
         let mut standing = Standing::new(start);
-        assert!(!standing.leaderless(start + SECOND, SECOND, false));
-        assert!(standing.leaderless(start + 2 * SECOND, SECOND, false));
-        standing.taken(start + 3 * SECOND, false);
-        assert!(!standing.leaderless(start + 4 * SECOND, SECOND, false));
-        assert_eq!(standing.gap(start + 4 * SECOND), Some(SECOND));
-        let told = start + 3 * SECOND + SECOND.mul_f64(LEADERLESS_AFTER);
-        assert!(standing.leaderless(told, SECOND, true));
-        let latest = told + SECOND.mul_f64(REPORT_PATIENCE + REPORT_AGAIN);
-        assert!(latest < start + 3 * SECOND + grace(SECOND));
+        let at = |seconds: f64| start + SECOND.mul_f64(seconds);
+        let seen = [1.0, 2.0, 3.0].map(|after| standing.hearing(at(after), SECOND, false));
+        assert_eq!(seen, [Hearing::Heard, Hearing::Doubtful, Hearing::Unheard]);
+        standing.taken(at(3.0), false);
+        assert_eq!(standing.gap(at(4.0)), Some(SECOND));
+        let seen = [4.4, 4.5, 5.4, 5.5].map(|after| standing.hearing(at(after), SECOND, true));
+        let [doubtful, unheard] = [Hearing::Doubtful, Hearing::Unheard];
+        assert_eq!(seen, [Hearing::Heard, doubtful, doubtful, unheard]);
+        // Seen a little later, if a report takes so long to fail; for the many there is the time that the leader
+        // gives nodes whose manager is silent.
+        let late = SECOND.mul_f64(REPORT_PATIENCE + REPORT_AGAIN);
+        assert!(SECOND.mul_f64(DOUBTFUL_AFTER) + late < grace(SECOND));
+        assert!(SECOND.mul_f64(UNHEARD_AFTER) + late + SECOND < grace(SECOND) + elsewhere(SECOND));
         // It has led, and nobody answers it.
-        standing.taken(start + 5 * SECOND, true);
-        assert!(!standing.leaderless(start + 5 * SECOND, SECOND, true));
-        assert!(standing.leaderless(start + 5 * SECOND, SECOND, false));
+        standing.taken(at(5.0), true);
+        assert_eq!(standing.hearing(at(5.0), SECOND, true), Hearing::Heard);
+        assert_eq!(standing.hearing(at(5.0), SECOND, false), doubtful);
+        assert_eq!(standing.hearing(at(7.5), SECOND, false), unheard);
     }
 
     #[test]

@@ -33,7 +33,7 @@ use crate::clock::Clock;
 use crate::leader::LeaderLoop;
 
 pub use assignments::{Advance, AssignmentSet, Delta, Journal, Missed, Shared, Tables, messages};
-pub use liveness::{Connect, Liveness, Tracker, Verdict, heartbeat_period};
+pub use liveness::{Connect, Hearing, Liveness, Tracker, Verdict, heartbeat_period};
 pub use session::Sessions;
 
 /// A loop of the leader that looks at all nodes, or all tasks of a network, rests for so many times what that cost
@@ -62,7 +62,7 @@ impl Dispatcher {
         let cancel = CancellationToken::new();
         let running = TaskTracker::new();
         let liveness = Liveness::new(consensus.clone(), node_id.clone(), connect);
-        let (hub, hub_loop) = hub::hub(consensus.clone(), liveness.leaderless(), cancel.clone());
+        let (hub, hub_loop) = hub::hub(consensus.clone(), liveness.hearing(), cancel.clone());
         let (intake, intake_loop) =
             intake::intake(consensus.clone(), node_id, clock, cancel.clone());
         let mut loops = JoinSet::new();

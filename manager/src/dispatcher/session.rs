@@ -109,6 +109,7 @@ impl dispatcher_server::Dispatcher for Sessions {
             node_id: node_id.clone(),
             outbound,
             awaited: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
         };
         let span = tracing::info_span!("session", node = %node_id);
         let inbound = request.into_inner();
@@ -126,6 +127,8 @@ struct Session {
     outbound: Outbound,
     /// The newest revision sent that takes a task out of balancing: the leader may wait for it.
     awaited: AtomicU64,
+    /// The newest revision sent: the hub may wait for it.
+    sent: AtomicU64,
 }
 
 impl Session {
@@ -307,6 +310,12 @@ impl Session {
                 Some(agent_message::Message::Ack(ack)) => {
                     let awaited = self.awaited.load(Ordering::Relaxed);
                     let before = std::mem::replace(&mut revision, ack.revision);
+                    let sent = self.sent.load(Ordering::Relaxed);
+                    if before < sent && sent <= revision {
+                        let hub = &self.sessions.hub;
+                        hub.settled(self.node_id.clone(), self.session_id.clone())
+                            .await;
+                    }
                     if before < awaited && awaited <= revision {
                         self.sessions.liveness.applied(&self.node_id, revision);
                         continue;
@@ -448,6 +457,7 @@ impl Session {
                 if applies_to.is_none() || shared.iter().any(Shared::withdraws) {
                     self.awaited.store(results_in, Ordering::Relaxed);
                 }
+                self.sent.store(results_in, Ordering::Relaxed);
                 let kind = match applies_to {
                     Some(_) => AssignmentsType::Incremental,
                     None => AssignmentsType::Complete,
