@@ -17,7 +17,7 @@ use imbl::ordmap::DiffItem;
 use prost::Message as _;
 use swarm_proto::v1::assignment_change::Change;
 use swarm_proto::v1::{AssignmentChange, Assignments, AssignmentsType, Task};
-use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
+use swarm_proto::{ChangesError, NetworkId, NodeId, ServiceId, TaskId};
 
 use crate::network::NetworkView;
 
@@ -64,6 +64,15 @@ pub enum SetError {
     TooLarge,
 }
 
+impl From<ChangesError> for SetError {
+    fn from(error: ChangesError) -> Self {
+        match error {
+            ChangesError::TooLarge => Self::TooLarge,
+            error => Self::Invalid(error.to_string()),
+        }
+    }
+}
+
 /// A whole set or change, all its messages put together.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AssignmentSet {
@@ -85,9 +94,9 @@ impl AssignmentSet {
     /// When a part of them cannot be decoded.
     pub fn changes(&self) -> Result<Vec<AssignmentChange>, SetError> {
         let mut changes = Vec::new();
+        let mut room = SET_MAX;
         for message in &self.messages {
-            let some = message.clone().into_changes();
-            changes.extend(some.map_err(|error| SetError::Invalid(error.to_string()))?);
+            changes.extend(message.clone().into_changes(&mut room)?);
         }
         Ok(changes)
     }

@@ -24,6 +24,7 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/swarm_descriptor.bin"));
 
+pub use assignments::{ChangesError, pack};
 pub use id::{ClusterId, NetworkId, NodeId, ServiceId, SessionId, Siblings, TaskId};
 pub use shared::Shared;
 

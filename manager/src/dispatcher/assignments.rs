@@ -20,14 +20,14 @@ use swarm_proto::v1::{
     AssignmentChange, Assignments, AssignmentsType, EndpointEntry, EndpointKey, Network, Service,
     ServiceEntry, ServiceKey, Task, TaskState, TaskStatus,
 };
-use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId};
+use swarm_proto::{NetworkId, NodeId, ServiceId, TaskId, pack};
 use swarm_store::{Change, Event, State};
 
 /// Encoded bytes of the changes in one message, if no single change is larger. A session holds a few
 /// messages at a time.
 const MESSAGE_BYTES: usize = 120 << 10;
-/// Encoded bytes of one part of shared changes, if no single change is larger.
-const PART_BYTES: usize = 30 << 10;
+/// Encoded bytes of one part of shared changes before it is compressed, if no single change is larger.
+const PART_BYTES: usize = 60 << 10;
 /// Whole tables that are kept.
 const TABLES_MAX: usize = 1024;
 /// Keys of rows that a [`Journal`] remembers, of some 100 bytes each.
@@ -50,12 +50,12 @@ impl Shared {
         for change in changes {
             // As the field `changes` of AssignmentChanges, with tag and length.
             if part.len() + change.encoded_len() + 6 > PART_BYTES && !part.is_empty() {
-                parts.push(part.split().freeze());
+                parts.push(pack(part.split().freeze()));
             }
             prost::encoding::message::encode(1, change, &mut part);
         }
         if !part.is_empty() {
-            parts.push(part.freeze());
+            parts.push(pack(part.freeze()));
         }
         Self {
             parts: parts.into(),

@@ -54,7 +54,9 @@ impl Held {
     fn follow(&mut self, advance: Advance) {
         let kind = AssignmentsType::Incremental;
         for message in messages(kind, 0, 0, &advance.shared, advance.own) {
-            let changes = message.into_changes().expect("encoded by us");
+            let changes = message
+                .into_changes(&mut usize::MAX.clone())
+                .expect("encoded by us");
             changes.iter().for_each(|change| self.take(change));
         }
     }
@@ -335,7 +337,9 @@ fn a_large_set_is_cut_into_messages_of_bounded_size() {
     assert!(cut.iter().all(|message| message.encoded_len() <= 128 << 10));
     let more: Vec<bool> = cut.iter().map(|message| message.more).collect();
     assert!(more[..more.len() - 1].iter().all(|more| *more) && !more[more.len() - 1]);
-    let all = cut.into_iter().map(Assignments::into_changes);
+    let all = cut
+        .into_iter()
+        .map(|message| message.into_changes(&mut usize::MAX.clone()));
     let all: Result<Vec<_>, _> = all.collect();
     assert_eq!(all.expect("encoded by us").concat(), made);
     let empty = messages(AssignmentsType::Complete, 0, 9, &[], []);

@@ -275,7 +275,10 @@ impl Agent {
 /// What a set says, in short and in order of the text.
 fn said(assignments: &Assignments) -> Vec<String> {
     use assignment_change::Change;
-    let changes = assignments.clone().into_changes().expect("encoded by us");
+    let changes = assignments
+        .clone()
+        .into_changes(&mut usize::MAX.clone())
+        .expect("encoded by us");
     let changes = changes.iter();
     let mut said: Vec<String> = changes
         .map(|change| match change.change.as_ref().expect("not empty") {
