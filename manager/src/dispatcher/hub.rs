@@ -40,6 +40,8 @@ const PLACE: usize = 16 << 10;
 const PLACE_MAX: Duration = Duration::from_millis(1000);
 /// While sessions wait for their turn new changes are looked at so often only: what comes meanwhile goes together.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
+/// However many nodes' own tasks change, each so-many-th turn is of one that waits for its networks alone.
+const TABLES_EVERY: usize = 4;
 /// Sessions that are given their updates before others have their turn on this thread.
 const TURN: usize = 32;
 /// Events after which no more are worked out together.
@@ -309,29 +311,52 @@ impl Window {
 /// Who waits for a turn.
 #[derive(Debug, Default)]
 struct Due {
-    /// Nodes whose own tasks have changed,
+    /// Nodes whose own tasks have changed, which go first,
     own: VecDeque<NodeId>,
-    /// and those that only have networks that have. One that has had its turn, or has moved to the others, may still
-    /// be here.
+    /// and those of whose networks something has. One that was given everything meanwhile may still be here.
     tables: VecDeque<NodeId>,
+    turns: usize,
+}
+
+/// What a node waits for a turn with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    Own,
+    Tables,
+}
+
+/// In which queues a node is: once in each at most.
+#[derive(Clone, Copy, Debug, Default)]
+struct Queued {
+    own: bool,
+    tables: bool,
 }
 
 impl Due {
-    /// The node waits for a turn with this, if not with something that goes first already.
-    fn push(&mut self, node_id: &NodeId, queued: &mut Queued, what: Queued) {
-        if *queued >= what {
-            return;
-        }
-        *queued = what;
+    /// The node waits for a turn with this, if it does not already.
+    fn push(&mut self, node_id: &NodeId, queued: &mut Queued, what: What) {
         match what {
-            Queued::Own => self.own.push_back(node_id.clone()),
-            _ => self.tables.push_back(node_id.clone()),
+            What::Own if !queued.own => {
+                queued.own = true;
+                self.own.push_back(node_id.clone());
+            }
+            What::Tables if !queued.own && !queued.tables => {
+                queued.tables = true;
+                self.tables.push_back(node_id.clone());
+            }
+            _ => {}
         }
     }
 
-    fn pop(&mut self) -> Option<(NodeId, Queued)> {
-        let own = self.own.pop_front().map(|node_id| (node_id, Queued::Own));
-        own.or_else(|| Some((self.tables.pop_front()?, Queued::Tables)))
+    /// Whose turn it is.
+    fn pop(&mut self) -> Option<(NodeId, What)> {
+        self.turns += 1;
+        let own = |due: &mut Self| Some((due.own.pop_front()?, What::Own));
+        let tables = |due: &mut Self| Some((due.tables.pop_front()?, What::Tables));
+        match self.turns % TABLES_EVERY {
+            0 => tables(self).or_else(|| own(self)),
+            _ => own(self).or_else(|| tables(self)),
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -339,13 +364,13 @@ impl Due {
     }
 }
 
-/// What a session waits for a turn with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-enum Queued {
-    #[default]
-    No,
-    Tables,
-    Own,
+impl Queued {
+    fn popped(&mut self, what: What) {
+        match what {
+            What::Own => self.own = false,
+            What::Tables => self.tables = false,
+        }
+    }
 }
 
 /// Whether sessions wait for their turn.
@@ -455,7 +480,7 @@ impl Registry {
             sending: true,
             behind: None,
             place: None,
-            queued: Queued::No,
+            queued: Queued::default(),
             uninformed: false,
             leaderless: self.sessions.len() < told(self.hearing),
             queue: queue.clone(),
@@ -549,14 +574,14 @@ impl Registry {
         self.journal.push(&prior, &delta);
         self.tables.forget(&delta);
         for node_id in delta.nodes() {
-            self.miss(node_id, &prior, &delta, Queued::Own);
+            self.miss(node_id, &prior, &delta, What::Own);
         }
         for network in delta.networks() {
             let Some(holders) = self.holders.remove(network) else {
                 continue;
             };
             for node_id in &holders {
-                self.miss(node_id, &prior, &delta, Queued::Tables);
+                self.miss(node_id, &prior, &delta, What::Tables);
             }
             self.holders.insert(network.clone(), holders);
         }
@@ -564,13 +589,13 @@ impl Registry {
     }
 
     /// Has a session told of a delta that concerns it when it is its turn.
-    fn miss(&mut self, node_id: &NodeId, prior: &Arc<State>, delta: &Delta, what: Queued) {
+    fn miss(&mut self, node_id: &NodeId, prior: &Arc<State>, delta: &Delta, what: What) {
         let Some(entry) = self.sessions.get_mut(node_id) else {
             return;
         };
         let behind = &mut entry.behind;
         let missed = behind.get_or_insert_with(|| Missed::since(prior.clone()));
-        if what == Queued::Own {
+        if what == What::Own {
             missed.add(delta, node_id);
         }
         if !entry.sending {
@@ -591,8 +616,8 @@ impl Registry {
             self.tell(node_id);
         } else if let Some(missed) = &entry.behind {
             let what = match missed.own_tasks() {
-                true => Queued::Own,
-                false => Queued::Tables,
+                true => What::Own,
+                false => What::Tables,
             };
             self.due.push(node_id, &mut entry.queued, what);
         }
@@ -616,11 +641,10 @@ impl Registry {
             let Some((node_id, what)) = self.due.pop() else {
                 return Waiting::Nobody;
             };
-            let entry = self.sessions.get_mut(&node_id);
-            let Some(entry) = entry.filter(|entry| entry.queued == what) else {
+            let Some(entry) = self.sessions.get_mut(&node_id) else {
                 continue;
             };
-            entry.queued = Queued::No;
+            entry.queued.popped(what);
             // It says when it is ready.
             if entry.sending {
                 continue;
@@ -1146,30 +1170,36 @@ mod tests {
     }
 
     #[test]
-    fn those_whose_own_tasks_have_changed_go_first() {
-        let [a, b, c] = ["a", "b", "c"].map(NodeId::from);
-        let [mut of_a, mut of_b, mut of_c] = [Queued::No; 3];
+    fn those_whose_own_tasks_have_changed_go_first_and_others_have_their_turn() {
         let mut due = Due::default();
-        due.push(&a, &mut of_a, Queued::Tables);
-        due.push(&b, &mut of_b, Queued::Own);
-        due.push(&c, &mut of_c, Queued::Tables);
-        // Now it has a task to be told of, too.
-        due.push(&c, &mut of_c, Queued::Own);
-        due.push(&b, &mut of_b, Queued::Tables);
-        assert_eq!(
-            [of_a, of_b, of_c],
-            [Queued::Tables, Queued::Own, Queued::Own]
+        let push = |due: &mut Due, id: &str, what: &[What]| {
+            let mut queued = Queued::default();
+            for what in what {
+                due.push(&id.into(), &mut queued, *what);
+            }
+        };
+        let order = |due: &mut Due| {
+            let order = std::iter::from_fn(|| Some(due.pop()?.0.to_string()));
+            order.collect::<Vec<_>>().concat()
+        };
+        push(&mut due, "a", &[What::Tables, What::Tables]);
+        // It moves up when it has a task to be told of, too.
+        push(
+            &mut due,
+            "b",
+            &[What::Tables, What::Own, What::Own, What::Tables],
         );
-        let order = std::iter::from_fn(|| due.pop()).collect::<Vec<_>>();
-        // The last one has had its turn.
-        let expected = [
-            (b, Queued::Own),
-            (c.clone(), Queued::Own),
-            (a, Queued::Tables),
-            (c, Queued::Tables),
-        ];
-        assert_eq!(order, expected);
+        push(&mut due, "c", &[What::Own, What::Tables]);
+        assert_eq!(order(&mut due), "bcab");
         assert!(due.is_empty());
+        let mut due = Due::default();
+        for id in ["1", "2", "3", "4", "5", "6", "7"] {
+            push(&mut due, id, &[What::Own]);
+        }
+        for id in ["x", "y", "z"] {
+            push(&mut due, id, &[What::Tables]);
+        }
+        assert_eq!(order(&mut due), "123x456y7z");
     }
 
     #[tokio::test]
