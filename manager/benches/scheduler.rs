@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use swarm_manager::scheduler::Scheduler;
+use swarm_proto::Siblings;
 use swarm_proto::v1::{
     CreateTasks, NewTask, NodeSpec, NodeState, Placement, StoreAction, Task, store_action,
 };
@@ -108,7 +109,7 @@ impl World {
     }
 }
 
-/// An identifier like the real ones: random, 25 characters.
+/// An identifier like those of nodes and services: random, 25 characters.
 fn id(kind: u128, number: usize) -> String {
     let number = (kind << 64 | number as u128) + 1;
     swarm_proto::id::encode(number.wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
@@ -155,8 +156,10 @@ fn run(shape: &Shape) {
         };
         world.write([testing::create(service)]);
         for numbers in numbers.chunks(BATCH) {
+            // As the orchestrator makes them.
+            let mut ids = Siblings::new();
             let tasks = numbers.iter().map(|&number| NewTask {
-                id: id(3, number),
+                id: ids.next_id(),
                 slot: number as u64 + 1,
             });
             world.write([StoreAction {
