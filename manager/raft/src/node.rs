@@ -73,10 +73,11 @@ impl Default for RaftTiming {
     /// Fails over in a third of a second. A lost packet is sent again after 200 ms at least (`TCP_RTO_MIN` of Linux),
     /// and must cost no election: a follower stands after 300 ms at the earliest, the lease and the shortest
     /// timeout. On two cores that are kept busy shorter times held, too (20, 60 and 120 ms; docs/faults.md),
-    /// since raft has threads, a runtime and connections of its own.
+    /// since raft has threads, a runtime and connections of its own. A heartbeat has its period to be answered in,
+    /// so that is also the longest round trip between managers.
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_millis(30),
+            heartbeat: Duration::from_millis(50),
             election_min: Duration::from_millis(100),
             election_max: Duration::from_millis(200),
         }
