@@ -193,6 +193,22 @@ impl Group {
         }
     }
 
+    /// Returns when another manager than the one at `addr` has begun to lead.
+    async fn led_elsewhere(&self, addr: &str) {
+        let mut leadership = self.leadership.subscribe();
+        while leadership.changed().await.is_ok() {
+            let now = leadership.borrow_and_update();
+            if now
+                .leader
+                .as_ref()
+                .is_some_and(|leader| leader.addr != addr)
+            {
+                return;
+            }
+        }
+        std::future::pending().await
+    }
+
     fn elsewhere<E>(&self, forward: ForwardToLeader<TypeConfig>) -> NotHere<E> {
         let other = forward.leader_id.is_some_and(|id| id != self.raft_id);
         NotHere::Elsewhere(forward.leader_node.filter(|_| other).map(|node| node.addr))
@@ -469,7 +485,14 @@ impl Group {
                 Err(NotHere::Elsewhere(leader)) => leader,
             };
             while let Some(addr) = leader.take() {
-                match at(addr.clone()).await {
+                // What is only asked for can be asked elsewhere: nobody waits for a leader that hangs.
+                let said = tokio::select! {
+                    said = at(addr.clone()) => said,
+                    () = self.led_elsewhere(&addr) => {
+                        Err(NotThere::TryAgain(format!("manager {addr} leads no more"), None))
+                    }
+                };
+                match said {
                     Ok(said) => return Ok(said),
                     Err(NotThere::Failed(error)) => return Err(error),
                     Err(NotThere::Denied(why)) => reason = why,

@@ -47,7 +47,7 @@ struct Host {
 
 /// What a host is on the network with. Pulled out, whatever goes through it breaks.
 #[derive(Clone, Debug, Default)]
-struct Cable(Arc<AtomicBool>);
+struct Cable(Arc<AtomicBool>, Arc<AtomicBool>);
 
 impl Cable {
     fn pull(&self) {
@@ -56,6 +56,15 @@ impl Cable {
 
     fn plug_in(&self) {
         self.0.store(false, Ordering::SeqCst);
+    }
+
+    /// From now on nothing goes through it, for good, and nothing breaks: as if the process hung.
+    fn hang(&self) {
+        self.1.store(true, Ordering::SeqCst);
+    }
+
+    fn hangs(&self) -> bool {
+        self.1.load(Ordering::SeqCst)
     }
 
     fn check(&self) -> io::Result<()> {
@@ -103,6 +112,9 @@ impl AsyncRead for Wire<BoxStream> {
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.1.check()?;
+        if self.1.hangs() {
+            return Poll::Pending;
+        }
         let read = Pin::new(&mut self.0).poll_read(context, into);
         self.1.check()?;
         read
@@ -116,6 +128,9 @@ impl AsyncWrite for Wire<BoxStream> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.1.check()?;
+        if self.1.hangs() {
+            return Poll::Pending;
+        }
         Pin::new(&mut self.0).poll_write(context, bytes)
     }
 
@@ -534,6 +549,22 @@ async fn followers_forward_and_read_what_the_leader_has_committed() {
     within("hearing from all", reachable).await;
     assert_eq!(leader.members().len(), 3);
     assert!(hosts.iter().all(|host| blobs(host.dir.path()) == 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_does_not_wait_for_a_leader_that_hangs() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(3, |_| {}).await;
+    let at = leader(&hosts).await;
+    let follower = hosts[(at + 1) % 3].node();
+    follower.read().await.unwrap();
+    hosts[at].cable.hang();
+    // Both ask the leader that they know. A write may have been done there, so that it waits for an answer until the
+    // connection is found to be dead.
+    tokio::select! {
+        read = follower.read() => assert_eq!(read.unwrap().networks().count(), 0),
+        written = follower.propose(numbered(0)) => panic!("ended before the read: {written:?}"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
