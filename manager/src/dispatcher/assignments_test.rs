@@ -8,8 +8,8 @@ use prost::Message as _;
 use swarm_proto::NodeId;
 use swarm_proto::v1::assignment_change::Change as Kind;
 use swarm_proto::v1::{
-    AssignmentChange, Assignments, AssignmentsType, EndpointMode, EndpointSpec, ObjectKind,
-    StoreAction, Task, TaskState,
+    AssignmentChange, AssignmentsType, EndpointMode, EndpointSpec, ObjectKind, StoreAction, Task,
+    TaskState,
 };
 use swarm_store::testing::{
     create, network, node, remove, report, service, task, transaction, update,

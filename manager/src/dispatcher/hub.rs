@@ -4,7 +4,7 @@
 //! once; only sessions that it concerns are touched. When the store has gone on
 //! further than it remembers (or got a snapshot), two states are compared instead.
 //!
-//! A session has one update on its way at a time, and so many sessions have one at once (`Window`): what a
+//! A session has one update on its way at a time, and all sessions together have so many bytes (`Window`): what a
 //! change means for thousands of nodes is made and sent as fast as it is taken, so that heartbeats and requests never
 //! wait behind all of it. What happens meanwhile is not queued: when it is a session's turn it gets the difference
 //! between the state that its node was told of and the newest one. So the more there is to do, the more
@@ -36,8 +36,9 @@ const WINDOW: usize = 8 << 20;
 /// What an update takes of it beside its own bytes: it costs 150 µs of processor time from here to its acknowledgement,
 /// however small it is.
 const PLACE: usize = 16 << 10;
-/// How long one has its place at most: an agent that takes longer to acknowledge holds nobody up.
-const PLACE_MAX: Duration = Duration::from_millis(1000);
+/// How long one has its place at most: an agent that takes longer to acknowledge holds nobody up. When everything is
+/// slow, places must not come back much sooner than agents acknowledge (with 100 ms ten thousand sessions were flooded).
+const PLACE_MAX: Duration = Duration::from_secs(1);
 /// While sessions wait for their turn new changes are looked at so often only: what comes meanwhile goes together.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// However many nodes' own tasks change, each so-many-th turn is of one that waits for its networks alone.
@@ -251,7 +252,7 @@ async fn next_after(time: Option<Instant>, watch: &mut Watch) -> Result<Change, 
     watch.next().await
 }
 
-/// Which sessions have an update that is not acknowledged: a bounded number, each for a bounded time.
+/// What is on its way to sessions and not acknowledged: so many bytes, each update for a bounded time.
 #[derive(Debug, Default)]
 struct Window {
     /// Places that were given, by time. Those that were given back are among them.
