@@ -514,7 +514,13 @@ impl Scale {
     /// and the state that says so is at all of them.
     async fn arrived(&self, control: &mut ControlClient<Channel>, task: &TaskId) -> Result<()> {
         self.agents[0].report_health(task, false);
+        let begin = Instant::now();
         let revision = loop {
+            ensure!(
+                begin.elapsed() < Duration::from_secs(self.args.patience),
+                "the report of an agent was not written within {} s",
+                self.args.patience
+            );
             let request = GetTaskRequest {
                 r#ref: task.to_string(),
             };
