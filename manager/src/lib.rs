@@ -30,9 +30,9 @@ use crate::ca::CaService;
 use crate::clock::{Clock, system_clock};
 use crate::control::Control;
 use crate::dispatcher::{Connect, Dispatcher, Liveness};
+use crate::leader::{Leader, deciding_loops};
 
 pub use crate::dispatcher::Hearing;
-use crate::leader::{Leader, deciding_loops};
 
 /// A request for a certificate is small; whoever sends more has no certificate yet.
 const CA_MESSAGE_MAX: usize = 64 << 10;

@@ -135,8 +135,7 @@ impl Hub {
             node_id,
             session_id,
         };
-        // When the hub has ended, so have its registrations.
-        let _ = self.commands.send(command).await;
+        self.send(command).await;
     }
 
     /// The agent has what the session has sent.
@@ -145,6 +144,10 @@ impl Hub {
             node_id,
             session_id,
         };
+        self.send(command).await;
+    }
+
+    async fn send(&self, command: Command) {
         // When the hub has ended, so have its registrations.
         let _ = self.commands.send(command).await;
     }
@@ -155,8 +158,7 @@ impl Hub {
             node_id,
             session_id,
         };
-        // When the hub has ended, so have its registrations.
-        let _ = self.commands.send(command).await;
+        self.send(command).await;
     }
 }
 
