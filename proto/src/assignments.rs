@@ -7,9 +7,10 @@ use crate::defaults::MESSAGE_MAX;
 use crate::v1::{AssignmentChange, AssignmentChanges, Assignments};
 
 /// Encoded bytes from which on it is worth compressing. A row of a table has some 150 bytes, most of them identifiers of
-/// 25 letters that stand for 16 bytes, and several of them in each row of a service: a third of a large table is left.
+/// 25 letters that stand for 16 bytes, and several of them the same in each row of a service: of a hundred rows a quarter
+/// is left, of four 0.42 (measured).
 const PACKED_MIN: usize = 512;
-/// zstd's fastest level: 300 MB a second and core, once for all nodes.
+/// zstd's fastest level, once for all nodes.
 const LEVEL: i32 = 1;
 /// What a zstd frame begins with (RFC 8878, 3.1.1). No encoded message does: it would be a field 5 of [`AssignmentChanges`].
 const FRAME: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
