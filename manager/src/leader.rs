@@ -133,6 +133,7 @@ impl LoopContext {
                 } else {
                     self.term
                 },
+                ..Transaction::default()
             })
             .await
     }

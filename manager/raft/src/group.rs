@@ -14,8 +14,11 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{
-    ChangeMembershipError, ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError,
+    ChangeMembershipError, ClientWriteError, Fatal, ForwardToLeader, LinearizableReadError,
+    RaftError,
 };
+use openraft::impls::ProgressResponder;
+use openraft::raft::ClientWriteResponse;
 use openraft::{ChangeMembers, Instant as _, Raft, RaftMetrics, ReadPolicy};
 use parking_lot::Mutex;
 use swarm_proto::defaults::TRANSACTION_MAX;
@@ -34,16 +37,20 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::error::{FatalReporter, failed};
+use crate::forwarded::{Fate, Forwarded};
 use crate::node::{Progress, RaftTiming};
 use crate::state_machine::StateMachine;
 use crate::transport::{EXPELLED, LEADER, Lane, Pool, REFUSED, leader_hint, not_done};
-use crate::types::{Command, LogId, Peer, TypeConfig};
+use crate::types::{Command, LogId, Outcome, Peer, TypeConfig};
 use crate::weight::{Due, Lull, Scales, Work};
 
 /// How long a proposal or a read looks for a leader.
 const NO_LEADER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a proposal that has been submitted is waited for.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long, once the leader that was given it will not answer, a proposal's entry or a later
+/// leader's is waited for. Several elections.
+const FATE_PATIENCE: Duration = Duration::from_secs(2);
 /// A leader that was just elected may not have applied yet that this node is a manager. One that
 /// still says no after so long is right.
 const DENIED_PATIENCE: Duration = Duration::from_secs(1);
@@ -85,6 +92,8 @@ pub(crate) struct Group {
     pub(crate) leaving: CancellationToken,
     /// When this member last heard a leader.
     pub(crate) heard: Mutex<Instant>,
+    /// Proposals that a leader has been given.
+    pub(crate) forwarded: Arc<Forwarded>,
     /// Reads that have asked for an index.
     pub(crate) reads: Arc<ReadRounds>,
     /// Membership changes one at a time.
@@ -216,14 +225,15 @@ impl Group {
 
     // --- Proposals -------------------------------------------------------
 
-    /// Commits here if this one leads.
+    /// Commits here if this one leads, in this term if one is given.
     pub(crate) async fn propose_here(
         &self,
         command: Command,
+        term: Option<u64>,
     ) -> Result<u64, NotHere<ProposeError>> {
         let unknown = |reason: String| Err(NotHere::Failed(ProposeError::Unknown(reason)));
         let mut expelled = self.expelled.subscribe();
-        let writing = tokio::time::timeout(COMMIT_PATIENCE, self.raft.client_write(command));
+        let writing = tokio::time::timeout(COMMIT_PATIENCE, self.append(command, term));
         let written = tokio::select! {
             biased;
             written = writing => written,
@@ -245,7 +255,25 @@ impl Group {
         }
     }
 
-    pub(crate) async fn propose(&self, transaction: Transaction) -> Result<u64, ProposeError> {
+    async fn append(
+        &self,
+        command: Command,
+        term: Option<u64>,
+    ) -> Result<ClientWriteResponse<TypeConfig>, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>
+    {
+        let Some(term) = term else {
+            return self.raft.client_write(command).await;
+        };
+        let (responder, written) = ProgressResponder::complete_only();
+        let write = self.raft.write(command).with_leader(term);
+        write.responder(responder).await?;
+        let written = written.await;
+        let written = written.map_err(|_| RaftError::Fatal(Fatal::Stopped))?;
+        written.map_err(RaftError::APIError)
+    }
+
+    pub(crate) async fn propose(&self, mut transaction: Transaction) -> Result<u64, ProposeError> {
+        transaction.proposal = rand::random();
         let command = Command::new(&transaction);
         if command.size() > TRANSACTION_MAX {
             return Err(ProposeError::TooLarge {
@@ -263,7 +291,7 @@ impl Group {
                 return Err(ProposeError::Denied(why));
             }
             let mut reason = "none is known".to_owned();
-            let mut leader = match self.propose_here(command.clone()).await {
+            let mut leader = match self.propose_here(command.clone(), None).await {
                 Ok(index) => return Ok(index),
                 Err(NotHere::Failed(error)) => return Err(error),
                 Err(NotHere::Elsewhere(leader)) => leader,
@@ -294,13 +322,64 @@ impl Group {
         }
     }
 
+    /// The term that the manager at this address leads in, as far as this one knows.
+    fn term_of(&self, addr: &str) -> Option<u64> {
+        let leadership = self.leadership.borrow();
+        let leader = leadership.leader.as_ref()?;
+        (leader.addr == addr).then_some(leadership.term)
+    }
+
+    /// Commits at another. Nobody waits for one that hangs or is gone once this member can tell
+    /// what has become of the transaction.
     async fn propose_at(
         &self,
         addr: &str,
         transaction: &Transaction,
     ) -> Result<u64, NotThere<ProposeError>> {
+        let term = self.term_of(addr);
+        let mut expected = self.forwarded.expect(transaction.proposal);
+        let fate = expected.fate(term, self.applied.clone());
+        #[cfg(feature = "museum")]
+        let fate = async {
+            let early = swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedEarly);
+            tokio::select! {
+                fate = fate => fate,
+                () = self.led_elsewhere(addr), if early => Fate::Never,
+            }
+        };
+        let mut fate = pin!(fate);
+        let known = |fate: Fate| match fate {
+            Fate::Applied(index, Outcome(Ok(()))) => Ok(index),
+            Fate::Applied(_, Outcome(Err(rejection))) => {
+                Err(NotThere::Failed(ProposeError::Rejected(rejection)))
+            }
+            Fate::Never => Err(NotThere::TryAgain(
+                format!("manager {addr} leads no more"),
+                None,
+            )),
+        };
+        let why = tokio::select! {
+            fate = &mut fate => return known(fate),
+            answer = self.ask_to_commit(addr, transaction, term) => match answer {
+                Err(NotThere::Failed(ProposeError::Unknown(why))) => why,
+                answer => return answer,
+            },
+        };
+        match tokio::time::timeout(FATE_PATIENCE, fate).await {
+            Ok(fate) => known(fate),
+            Err(_) => Err(NotThere::Failed(ProposeError::Unknown(why))),
+        }
+    }
+
+    async fn ask_to_commit(
+        &self,
+        addr: &str,
+        transaction: &Transaction,
+        term: Option<u64>,
+    ) -> Result<u64, NotThere<ProposeError>> {
         let request = ProposeRequest {
             transaction: Some(transaction.clone()),
+            leader_term: term.unwrap_or(0),
         };
         let call = async {
             self.pool
@@ -1023,9 +1102,9 @@ impl Group {
             actions: vec![action],
             proposed_at: Some(std::time::SystemTime::now().into()),
             proposer: self.node_id.to_string(),
-            term: 0,
+            ..Transaction::default()
         };
-        match self.propose_here(Command::new(&transaction)).await {
+        match self.propose_here(Command::new(&transaction), None).await {
             Ok(_) => Ok(()),
             Err(NotHere::Elsewhere(leader)) => Err(refused("this manager does not lead", leader)),
             Err(NotHere::Failed(error)) => Err(Status::aborted(error.to_string())),

@@ -7,6 +7,7 @@
 
 mod disk;
 mod error;
+mod forwarded;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod group;

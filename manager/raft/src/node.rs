@@ -312,6 +312,7 @@ impl RaftNode {
         };
         let (store, applied) = (machine.store().clone(), machine.applied());
         let (scales, snapshots) = (machine.scales(), machine.snapshots());
+        let forwarded = machine.forwarded();
         let raft_id = member.raft_id;
         let starting = runtime
             .handle()
@@ -342,6 +343,7 @@ impl RaftNode {
             expelled: watch::Sender::default(),
             leaving: CancellationToken::new(),
             heard: Mutex::new(Instant::now()),
+            forwarded,
             reads: Arc::default(),
             one_change: Semaphore::new(1),
             stop: CancellationToken::new(),

@@ -215,9 +215,11 @@ impl raft_server::Raft for RaftService {
         request: Request<ProposeRequest>,
     ) -> Result<Response<ProposeResponse>, Status> {
         self.manager(&request)?;
-        let transaction = request.into_inner().transaction;
-        let transaction =
-            transaction.ok_or_else(|| Status::invalid_argument("the transaction is missing"))?;
+        let request = request.into_inner();
+        let term = Some(request.leader_term).filter(|&term| term > 0);
+        let transaction = request
+            .transaction
+            .ok_or_else(|| Status::invalid_argument("the transaction is missing"))?;
         let command = Command::new(&transaction);
         if command.size() > TRANSACTION_MAX {
             return Err(Status::invalid_argument(format!(
@@ -225,7 +227,7 @@ impl raft_server::Raft for RaftService {
                 command.size()
             )));
         }
-        match self.group.propose_here(command).await {
+        match self.group.propose_here(command, term).await {
             Ok(index) => Ok(Response::new(ProposeResponse {
                 index,
                 rejection: None,

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::disk::entry_size;
 use crate::error::{DiskError, FatalReporter, chain};
+use crate::forwarded::Forwarded;
 use crate::snapshot::{self, Snapshots};
 use crate::types::{Command, LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::weight::Scales;
@@ -34,6 +35,7 @@ pub struct StateMachine {
     membership: StoredMembership,
     snapshots: Snapshots,
     scales: Arc<Mutex<Scales>>,
+    forwarded: Arc<Forwarded>,
     blocking: Blocking,
     fatal: FatalReporter,
 }
@@ -63,6 +65,7 @@ impl StateMachine {
             membership: meta.last_membership,
             snapshots,
             scales: Arc::new(Mutex::new(scales)),
+            forwarded: Arc::default(),
             blocking,
             fatal,
         })
@@ -83,6 +86,11 @@ impl StateMachine {
         self.scales.clone()
     }
 
+    /// Proposals that are told when they are applied.
+    pub(crate) fn forwarded(&self) -> Arc<Forwarded> {
+        self.forwarded.clone()
+    }
+
     /// The last entry applied, now and from now on.
     pub(crate) fn applied(&self) -> watch::Receiver<Option<LogId>> {
         self.applied.subscribe()
@@ -92,7 +100,8 @@ impl StateMachine {
         let (store, entry) = (Arc::clone(&self.store), command.clone());
         let work = move || {
             let transaction = entry.transaction()?;
-            Ok(Outcome(store.commit(index, &transaction)))
+            let outcome = Outcome(store.commit(index, &transaction));
+            Ok((transaction.proposal, outcome))
         };
         let committed = if command.size() > APPLY_HERE_MAX {
             let done = self.blocking.run(async move { work() });
@@ -100,12 +109,14 @@ impl StateMachine {
         } else {
             work()
         };
-        committed.map_err(|error: prost::DecodeError| {
+        let (proposal, outcome) = committed.map_err(|error: prost::DecodeError| {
             let reason = format!("entry {index}: {error}");
             self.fatal
                 .report("decoding the raft log", self.snapshots.dir(), &reason);
             io::Error::new(io::ErrorKind::InvalidData, reason)
-        })
+        })?;
+        self.forwarded.applied(proposal, index, &outcome);
+        Ok(outcome)
     }
 }
 
@@ -186,6 +197,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.scales.lock().snapshot(size);
         self.store.replace(state);
         self.membership = meta.last_membership.clone();
+        self.forwarded.skipped();
         self.applied.send_replace(meta.last_log_id);
         Ok(())
     }

@@ -26,6 +26,7 @@ use swarm_store::{Consensus, Member, MembershipError, ProposeError};
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 /// What a wait ends with when the awaited fact never becomes true.
@@ -552,18 +553,61 @@ async fn followers_forward_and_read_what_the_leader_has_committed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_does_not_wait_for_a_leader_that_hangs() {
+async fn nobody_waits_for_a_leader_that_hangs() {
     let lab = Lab::new();
     let hosts = lab.cluster(3, |_| {}).await;
     let at = leader(&hosts).await;
     let follower = hosts[(at + 1) % 3].node();
+    follower.propose(numbered(0)).await.unwrap();
     follower.read().await.unwrap();
+    let addr = hosts[at].addr.to_string();
+    let mut waits = RaftClient::new(hosts[(at + 1) % 3].identity.channel(&addr).unwrap());
+    waits.read_index(ReadIndexRequest {}).await.unwrap();
     hosts[at].cable.hang();
-    // Both ask the leader that they know. A write may have been done there, so that it waits for an answer until the
-    // connection is found to be dead.
+    // All three ask the leader that they know; one is told only when the connection is found to be dead.
+    let (read, written) = (follower.read(), follower.propose(numbered(1)));
     tokio::select! {
-        read = follower.read() => assert_eq!(read.unwrap().networks().count(), 0),
-        written = follower.propose(numbered(0)) => panic!("ended before the read: {written:?}"),
+        (read, written) = async { tokio::join!(read, written) } => {
+            read.unwrap();
+            written.unwrap();
+        }
+        dead = waits.read_index(ReadIndexRequest {}) => panic!("ended before the others: {dead:?}"),
+    }
+    let state = within("reading", follower.read()).await.unwrap();
+    assert_eq!(state.networks().count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_on_their_way_to_a_leader_that_dies_are_done_once() {
+    let lab = Lab::new();
+    let mut hosts = lab.cluster(3, |_| {}).await;
+    let mut expected = BTreeSet::new();
+    for round in 0..3 {
+        let at = leader(&hosts).await;
+        let follower = hosts[(at + 1) % 3].node().clone();
+        let acknowledged = watch::Sender::new(0);
+        let mut writers = tokio::task::JoinSet::new();
+        for writer in 0..20 {
+            let numbers = (0..20).map(|write| (round * 20 + writer) * 20 + write);
+            let numbers: Vec<usize> = numbers.collect();
+            expected.extend(numbers.iter().map(|number| format!("net{number}")));
+            let (follower, acknowledged) = (follower.clone(), acknowledged.clone());
+            writers.spawn(async move {
+                for number in numbers {
+                    // Done twice it would be refused the second time: the name is taken.
+                    follower.propose(numbered(number)).await.unwrap();
+                    acknowledged.send_modify(|count| *count += 1);
+                }
+            });
+        }
+        let mut seen = acknowledged.subscribe();
+        let some = seen.wait_for(|&count| count >= 50);
+        within("writing", some).await.unwrap();
+        hosts[at].kill();
+        within("writing", writers.join_all()).await;
+        within("reading", follower.read()).await.unwrap();
+        assert_eq!(networks(&follower), expected);
+        hosts[at].start().await.unwrap();
     }
 }
 

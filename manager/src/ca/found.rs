@@ -99,7 +99,7 @@ pub fn initial_transaction(params: &InitParams, now: Duration) -> Result<Foundin
                 .collect(),
             proposed_at: Some(timestamp(now)),
             proposer: params.node_id.to_string(),
-            term: 0,
+            ..Transaction::default()
         },
         material: KeyMaterial {
             chain_pem,

@@ -97,7 +97,7 @@ impl CaService {
             }],
             proposed_at: Some(timestamp((self.clock)())),
             proposer: self.node_id.to_string(),
-            term: 0,
+            ..Transaction::default()
         };
         self.consensus
             .propose(transaction)

@@ -117,7 +117,7 @@ impl Control {
                 actions,
                 proposed_at: Some(timestamp((self.clock)())),
                 proposer: self.node_id.as_str().to_owned(),
-                term: 0,
+                ..Transaction::default()
             })
             .await
     }

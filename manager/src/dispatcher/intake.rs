@@ -142,7 +142,7 @@ impl Worker {
                 actions: actions.clone(),
                 proposed_at: Some(timestamp((self.clock)())),
                 proposer: self.node_id.to_string(),
-                term: 0,
+                ..Transaction::default()
             };
             let proposed = tokio::select! {
                 () = self.cancel.cancelled() => return false,

@@ -164,7 +164,7 @@ pub fn transaction(actions: impl IntoIterator<Item = StoreAction>) -> Transactio
             nanos: 0,
         }),
         proposer: "test".into(),
-        term: 0,
+        ..Transaction::default()
     }
 }
 

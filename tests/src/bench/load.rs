@@ -212,6 +212,7 @@ impl Writer {
                         proposed_at: Some(std::time::SystemTime::now().into()),
                         ..Transaction::default()
                     }),
+                    leader_term: 0,
                 };
                 let mut client = RaftClient::new(self.channel.clone());
                 let answer = client.propose(request).await?.into_inner();
