@@ -10,8 +10,8 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
+use futures::{FutureExt as _, TryFutureExt as _};
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{
     ChangeMembershipError, ClientWriteError, Fatal, ForwardToLeader, LinearizableReadError,
@@ -37,8 +37,8 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::error::{FatalReporter, failed};
-use crate::forwarded::{Fate, Forwarded};
 use crate::node::{Progress, RaftTiming};
+use crate::proposals::{Expected, Fate, Proposals};
 use crate::state_machine::StateMachine;
 use crate::transport::{EXPELLED, LEADER, Lane, Pool, REFUSED, leader_hint, not_done};
 use crate::types::{Command, LogId, Outcome, Peer, TypeConfig};
@@ -48,8 +48,8 @@ use crate::weight::{Due, Lull, Scales, Work};
 const NO_LEADER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a proposal that has been submitted is waited for.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(10);
-/// How long, once the leader that was given it will not answer, a proposal's entry or a later
-/// leader's is waited for. Several elections.
+/// How long a proposal's own entry or one of a later term is waited for, once no answer will come.
+/// Several elections.
 const FATE_PATIENCE: Duration = Duration::from_secs(2);
 /// A leader that was just elected may not have applied yet that this node is a manager. One that
 /// still says no after so long is right.
@@ -92,8 +92,8 @@ pub(crate) struct Group {
     pub(crate) leaving: CancellationToken,
     /// When this member last heard a leader.
     pub(crate) heard: Mutex<Instant>,
-    /// Proposals that a leader has been given.
-    pub(crate) forwarded: Arc<Forwarded>,
+    /// This member's proposals whose fate is not known yet.
+    pub(crate) proposals: Arc<Proposals>,
     /// Reads that have asked for an index.
     pub(crate) reads: Arc<ReadRounds>,
     /// Membership changes one at a time.
@@ -118,6 +118,15 @@ enum NotThere<E> {
     /// Nothing has been done: this node is no manager, as that one sees it.
     Denied(String),
     Failed(E),
+}
+
+impl<E> From<NotHere<E>> for NotThere<E> {
+    fn from(error: NotHere<E>) -> Self {
+        match error {
+            NotHere::Elsewhere(leader) => Self::TryAgain("none is known".to_owned(), leader),
+            NotHere::Failed(error) => Self::Failed(error),
+        }
+    }
 }
 
 /// Why the group does not have this member.
@@ -281,6 +290,7 @@ impl Group {
                 limit: TRANSACTION_MAX,
             });
         }
+        let mut expected = self.proposals.expect(transaction.proposal);
         let mut attempts = Attempts::new(NO_LEADER_PATIENCE);
         let mut denied = None;
         loop {
@@ -290,14 +300,20 @@ impl Group {
             if let Some(why) = self.expelled.borrow().clone() {
                 return Err(ProposeError::Denied(why));
             }
-            let mut reason = "none is known".to_owned();
-            let mut leader = match self.propose_here(command.clone(), None).await {
+            let here = self.own_term();
+            let proposed = self
+                .propose_here(command.clone(), here)
+                .map_err(NotThere::from);
+            let (mut reason, mut leader) = match self.settled(&mut expected, here, proposed).await {
                 Ok(index) => return Ok(index),
-                Err(NotHere::Failed(error)) => return Err(error),
-                Err(NotHere::Elsewhere(leader)) => leader,
+                Err(NotThere::Failed(error)) => return Err(error),
+                Err(NotThere::Denied(why)) => (why, None),
+                Err(NotThere::TryAgain(why, leader)) => (why, leader),
             };
             while let Some(addr) = leader.take() {
-                match self.propose_at(&addr, &transaction).await {
+                let term = self.term_of(&addr);
+                let proposed = self.propose_at(&addr, &transaction, term);
+                match self.settled(&mut expected, term, proposed).await {
                     Ok(index) => return Ok(index),
                     Err(NotThere::Failed(error)) => return Err(error),
                     Err(NotThere::TryAgain(why, hint)) => {
@@ -329,22 +345,28 @@ impl Group {
         (leader.addr == addr).then_some(leadership.term)
     }
 
-    /// Commits at another. Nobody waits for one that hangs or is gone once this member can tell
-    /// what has become of the transaction.
-    async fn propose_at(
+    /// The term that this one leads in, as far as it knows.
+    fn own_term(&self) -> Option<u64> {
+        let leadership = self.leadership.borrow();
+        let leader = leadership.leader.as_ref()?;
+        (leader.raft_id == self.raft_id).then_some(leadership.term)
+    }
+
+    /// How the attempt to have a proposal committed in this term has ended: by its answer, or by
+    /// what this member applies, which may be known although no answer comes.
+    async fn settled(
         &self,
-        addr: &str,
-        transaction: &Transaction,
+        expected: &mut Expected,
+        term: Option<u64>,
+        attempt: impl Future<Output = Result<u64, NotThere<ProposeError>>>,
     ) -> Result<u64, NotThere<ProposeError>> {
-        let term = self.term_of(addr);
-        let mut expected = self.forwarded.expect(transaction.proposal);
         let fate = expected.fate(term, self.applied.clone());
         #[cfg(feature = "museum")]
         let fate = async {
             let early = swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedEarly);
             tokio::select! {
                 fate = fate => fate,
-                () = self.led_elsewhere(addr), if early => Fate::Never,
+                () = self.led_after(term), if early => Fate::Never,
             }
         };
         let mut fate = pin!(fate);
@@ -353,14 +375,17 @@ impl Group {
             Fate::Applied(_, Outcome(Err(rejection))) => {
                 Err(NotThere::Failed(ProposeError::Rejected(rejection)))
             }
-            Fate::Never => Err(NotThere::TryAgain(
-                format!("manager {addr} leads no more"),
-                None,
-            )),
+            Fate::Never => Err(NotThere::TryAgain("the leader has changed".into(), None)),
         };
         let why = tokio::select! {
             fate = &mut fate => return known(fate),
-            answer = self.ask_to_commit(addr, transaction, term) => match answer {
+            answer = attempt => match answer {
+                #[cfg(feature = "museum")]
+                Err(NotThere::Failed(ProposeError::Unknown(why)))
+                    if swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedUnknown) =>
+                {
+                    return Err(NotThere::TryAgain(why, None));
+                }
                 Err(NotThere::Failed(ProposeError::Unknown(why))) => why,
                 answer => return answer,
             },
@@ -371,7 +396,19 @@ impl Group {
         }
     }
 
-    async fn ask_to_commit(
+    /// Returns when a manager leads in a later term than this.
+    #[cfg(feature = "museum")]
+    async fn led_after(&self, term: Option<u64>) {
+        let mut leadership = self.leadership.subscribe();
+        let later =
+            |now: &Leadership| now.leader.is_some() && term.is_some_and(|term| now.term > term);
+        if leadership.wait_for(later).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Commits at another, in this term if one is given.
+    async fn propose_at(
         &self,
         addr: &str,
         transaction: &Transaction,
@@ -397,10 +434,6 @@ impl Group {
             },
             Err(status) if not_done(&status) => Err(again(addr, &status)),
             Err(status) if denied(&status) => Err(NotThere::Denied(status.message().to_owned())),
-            #[cfg(feature = "museum")]
-            Err(status) if swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedUnknown) => {
-                Err(again(addr, &status))
-            }
             Err(status) => Err(NotThere::Failed(ProposeError::Unknown(format!(
                 "manager {addr}: {}",
                 status.message()

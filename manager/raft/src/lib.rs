@@ -7,13 +7,13 @@
 
 mod disk;
 mod error;
-mod forwarded;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod group;
 mod log;
 mod member;
 mod node;
+mod proposals;
 mod runtime;
 mod seal;
 mod service;

@@ -312,7 +312,7 @@ impl RaftNode {
         };
         let (store, applied) = (machine.store().clone(), machine.applied());
         let (scales, snapshots) = (machine.scales(), machine.snapshots());
-        let forwarded = machine.forwarded();
+        let proposals = machine.proposals();
         let raft_id = member.raft_id;
         let starting = runtime
             .handle()
@@ -343,7 +343,7 @@ impl RaftNode {
             expelled: watch::Sender::default(),
             leaving: CancellationToken::new(),
             heard: Mutex::new(Instant::now()),
-            forwarded,
+            proposals,
             reads: Arc::default(),
             one_change: Semaphore::new(1),
             stop: CancellationToken::new(),

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::disk::entry_size;
 use crate::error::{DiskError, FatalReporter, chain};
-use crate::forwarded::Forwarded;
+use crate::proposals::Proposals;
 use crate::snapshot::{self, Snapshots};
 use crate::types::{Command, LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::weight::Scales;
@@ -35,7 +35,7 @@ pub struct StateMachine {
     membership: StoredMembership,
     snapshots: Snapshots,
     scales: Arc<Mutex<Scales>>,
-    forwarded: Arc<Forwarded>,
+    proposals: Arc<Proposals>,
     blocking: Blocking,
     fatal: FatalReporter,
 }
@@ -65,7 +65,7 @@ impl StateMachine {
             membership: meta.last_membership,
             snapshots,
             scales: Arc::new(Mutex::new(scales)),
-            forwarded: Arc::default(),
+            proposals: Arc::default(),
             blocking,
             fatal,
         })
@@ -87,8 +87,8 @@ impl StateMachine {
     }
 
     /// Proposals that are told when they are applied.
-    pub(crate) fn forwarded(&self) -> Arc<Forwarded> {
-        self.forwarded.clone()
+    pub(crate) fn proposals(&self) -> Arc<Proposals> {
+        self.proposals.clone()
     }
 
     /// The last entry applied, now and from now on.
@@ -115,7 +115,7 @@ impl StateMachine {
                 .report("decoding the raft log", self.snapshots.dir(), &reason);
             io::Error::new(io::ErrorKind::InvalidData, reason)
         })?;
-        self.forwarded.applied(proposal, index, &outcome);
+        self.proposals.applied(proposal, index, &outcome);
         Ok(outcome)
     }
 }
@@ -197,7 +197,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.scales.lock().snapshot(size);
         self.store.replace(state);
         self.membership = meta.last_membership.clone();
-        self.forwarded.skipped();
+        self.proposals.skipped();
         self.applied.send_replace(meta.last_log_id);
         Ok(())
     }

@@ -612,6 +612,26 @@ async fn writes_on_their_way_to_a_leader_that_dies_are_done_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_deposed_leader_could_not_commit_is_done_by_the_next() {
+    let lab = Lab::new();
+    let hosts = lab.cluster(3, |_| {}).await;
+    let at = leader(&hosts).await;
+    let former = hosts[at].node().clone();
+    let term = former.leadership().borrow().term;
+    hosts[at].cable.pull();
+    let writing = tokio::spawn(async move { former.propose(numbered(0)).await });
+    let next = hosts[(at + 1) % 3].node();
+    let mut leadership = next.leadership();
+    let later = leadership.wait_for(|now| now.term > term && now.leader.is_some());
+    within("electing", later).await.unwrap();
+    next.propose(numbered(1)).await.unwrap();
+    hosts[at].cable.plug_in();
+    within("writing", writing).await.unwrap().unwrap();
+    let state = within("reading", next.read()).await.unwrap();
+    assert_eq!(state.networks().count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_wiped_manager_comes_back_as_another_member() {
     let lab = Lab::new();
     let mut hosts = lab.cluster(3, |_| {}).await;

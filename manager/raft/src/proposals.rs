@@ -1,9 +1,8 @@
-//! What has become of the proposals that this member has sent to a leader.
+//! What has become of this member's proposals, when nobody says.
 //!
-//! The answer may never come: the leader hangs, or its connection breaks. But
-//! terms never fall along the log, so a proposal that could be written in one
-//! term only has been applied here, or never will be anywhere, once an entry of
-//! a later term has been.
+//! The leader may hang, or its connection break. But terms never fall along the
+//! log, so a proposal that could be written in one term only has been applied
+//! here, or never will be anywhere, once an entry of a later term has been.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use crate::types::{LogId, Outcome};
 
 /// Proposals that wait for their entry, by [`swarm_proto::v1::Transaction::proposal`].
 #[derive(Default)]
-pub(crate) struct Forwarded(Mutex<HashMap<u64, oneshot::Sender<Applied>>>);
+pub(crate) struct Proposals(Mutex<HashMap<u64, oneshot::Sender<Applied>>>);
 
 /// At this index of the log, and what apply said.
 type Applied = (u64, Outcome);
@@ -29,7 +28,7 @@ pub(crate) enum Fate {
     Never,
 }
 
-impl Forwarded {
+impl Proposals {
     /// Before the proposal is sent.
     pub(crate) fn expect(self: &Arc<Self>, proposal: u64) -> Expected {
         let (sender, applied) = oneshot::channel();
@@ -37,7 +36,7 @@ impl Forwarded {
         Expected {
             proposal,
             applied,
-            forwarded: self.clone(),
+            proposals: self.clone(),
         }
     }
 
@@ -61,7 +60,7 @@ impl Forwarded {
 pub(crate) struct Expected {
     proposal: u64,
     applied: oneshot::Receiver<Applied>,
-    forwarded: Arc<Forwarded>,
+    proposals: Arc<Proposals>,
 }
 
 impl Expected {
@@ -97,7 +96,7 @@ impl Expected {
 
 impl Drop for Expected {
     fn drop(&mut self) {
-        self.forwarded.0.lock().remove(&self.proposal);
+        self.proposals.0.lock().remove(&self.proposal);
     }
 }
 
@@ -113,14 +112,14 @@ mod tests {
     }
 
     struct Member {
-        forwarded: Arc<Forwarded>,
+        proposals: Arc<Proposals>,
         log: watch::Sender<Option<LogId>>,
     }
 
     impl Member {
         fn new() -> Self {
             Self {
-                forwarded: Arc::default(),
+                proposals: Arc::default(),
                 log: watch::Sender::new(entry(4, 10)),
             }
         }
@@ -134,10 +133,10 @@ mod tests {
     #[test]
     fn a_proposal_that_is_applied_is_known_to_be() {
         let member = Member::new();
-        let mut expected = member.forwarded.expect(7);
-        let mut other = member.forwarded.expect(8);
+        let mut expected = member.proposals.expect(7);
+        let mut other = member.proposals.expect(8);
         assert_eq!(member.fate(&mut expected, Some(4)), None);
-        member.forwarded.applied(7, 11, &Outcome(Ok(())));
+        member.proposals.applied(7, 11, &Outcome(Ok(())));
         member.log.send_replace(entry(5, 12));
         let fate = member.fate(&mut expected, Some(4));
         assert_eq!(fate, Some(Fate::Applied(11, Outcome(Ok(())))));
@@ -147,7 +146,7 @@ mod tests {
     #[test]
     fn until_a_later_term_is_applied_nothing_is_known() {
         let member = Member::new();
-        let mut expected = member.forwarded.expect(7);
+        let mut expected = member.proposals.expect(7);
         member.log.send_replace(entry(4, 11));
         assert_eq!(member.fate(&mut expected, Some(4)), None);
         member.log.send_replace(entry(5, 12));
@@ -160,9 +159,9 @@ mod tests {
     #[test]
     fn what_a_snapshot_has_skipped_stays_unknown() {
         let member = Member::new();
-        let mut before = member.forwarded.expect(7);
-        member.forwarded.skipped();
-        let mut after = member.forwarded.expect(8);
+        let mut before = member.proposals.expect(7);
+        member.proposals.skipped();
+        let mut after = member.proposals.expect(8);
         member.log.send_replace(entry(6, 40));
         assert_eq!(member.fate(&mut before, Some(4)), None);
         assert_eq!(member.fate(&mut after, Some(4)), Some(Fate::Never));
@@ -171,10 +170,10 @@ mod tests {
     #[test]
     fn nothing_is_kept_of_those_that_nobody_waits_for() {
         let member = Member::new();
-        let done = member.forwarded.expect(7);
-        let given_up = member.forwarded.expect(8);
-        member.forwarded.applied(7, 11, &Outcome(Ok(())));
+        let done = member.proposals.expect(7);
+        let given_up = member.proposals.expect(8);
+        member.proposals.applied(7, 11, &Outcome(Ok(())));
         drop((done, given_up));
-        assert!(member.forwarded.0.lock().is_empty());
+        assert!(member.proposals.0.lock().is_empty());
     }
 }
