@@ -281,6 +281,35 @@ async fn remove_kills_what_runs_and_leaves_no_trace() {
 }
 
 #[tokio::test]
+async fn a_container_is_confined_by_its_capabilities() {
+    let host = Host::new();
+    let runtime = host.runtime();
+    let image = host.serve_busybox();
+    runtime.pull(&image, None).await.unwrap();
+    let script = "grep -E 'Seccomp:|CapEff|CapPrm|CapBnd' /proc/self/status; unshare -m true && echo unshared";
+    let expected = [
+        // It may neither change its capabilities nor load a filter.
+        (None, "ALL", "0000000000000000", "Operation not permitted"),
+        (Some("SYS_ADMIN"), "SETPCAP", "00000000a82424fb", "unshared"),
+    ];
+    for (added, dropped, capabilities, said) in expected {
+        let mut config = host.container(&image, &["sh", "-c", script]);
+        config.spec.capability_add.extend(added.map(str::to_owned));
+        config.spec.capability_drop.push(dropped.to_owned());
+        runtime.create(&config).await.unwrap();
+        runtime.start(&config.task_id).await.unwrap();
+        runtime.wait(&config.task_id).await.unwrap();
+        let text = output(&runtime, &config).await;
+        for set in ["CapEff", "CapPrm", "CapBnd"] {
+            let line = format!("{set}:\t{capabilities}\n");
+            assert!(text.contains(&line), "{line} not in:\n{text}");
+        }
+        assert!(text.contains("Seccomp:\t2\n"), "{text}");
+        assert!(text.contains(said), "{said} not in:\n{text}");
+    }
+}
+
+#[tokio::test]
 async fn limits_and_confinement_are_in_force() {
     let host = Host::new();
     let runtime = host.runtime();

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use swarm_proto::v1::{Mount, MountType};
 
+use super::seccomp::Filter;
 use super::{ContainerConfig, RuntimeError};
 
 /// What Docker gives to a container that asks for nothing.
@@ -255,7 +256,7 @@ pub(super) fn build(
                 "net.ipv4.ip_unprivileged_port_start": "0",
                 "net.ipv4.ping_group_range": "0 2147483647",
             },
-            "seccomp": seccomp(&capabilities, node.architecture),
+            "seccomp": Filter::new(&capabilities, node.architecture),
         },
     });
     Ok(Bundle {
@@ -545,72 +546,6 @@ fn devices() -> Vec<Value> {
     devices
 }
 
-/// The file in `data/`: Docker's default profile, grouped by what an entry depends on.
-#[derive(Deserialize)]
-struct SeccompProfile {
-    default_errno: u32,
-    personality: Vec<u64>,
-    deny_socket_families: Vec<u64>,
-    namespace_flags: u64,
-    architectures: std::collections::BTreeMap<String, SeccompArchitecture>,
-    with_capability: std::collections::BTreeMap<String, Vec<String>>,
-    allow: Vec<String>,
-}
-
-#[derive(Deserialize)]
-struct SeccompArchitecture {
-    names: Vec<String>,
-    allow: Vec<String>,
-}
-
-fn seccomp(capabilities: &BTreeSet<&'static str>, architecture: &str) -> Value {
-    let profile: SeccompProfile = serde_json::from_str(include_str!("data/seccomp.json"))
-        .expect("the profile is part of the program and a test parses it");
-    let mut allow: BTreeSet<&str> = profile.allow.iter().map(String::as_str).collect();
-    for (capability, calls) in &profile.with_capability {
-        if capabilities.contains(capability.as_str()) {
-            allow.extend(calls.iter().map(String::as_str));
-        }
-    }
-    let mut architectures: &[String] = &[];
-    if let Some(found) = profile.architectures.get(architecture) {
-        architectures = &found.names;
-        allow.extend(found.allow.iter().map(String::as_str));
-    }
-    let mut rules = Vec::new();
-    if !capabilities.contains("CAP_SYS_ADMIN") {
-        // New processes, but no new namespaces. clone3 hides its flags in memory:
-        // ENOSYS makes libraries fall back to clone.
-        rules.push(json!({ "names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [
-            { "index": 0, "value": profile.namespace_flags, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ" },
-        ]}));
-        rules.push(
-            json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }),
-        );
-    }
-    for value in profile.personality {
-        rules.push(
-            json!({ "names": ["personality"], "action": "SCMP_ACT_ALLOW", "args": [
-                { "index": 0, "value": value, "op": "SCMP_CMP_EQ" },
-            ]}),
-        );
-    }
-    for family in profile.deny_socket_families {
-        rules.push(
-            json!({ "names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [
-                { "index": 0, "value": family, "op": "SCMP_CMP_NE" },
-            ]}),
-        );
-    }
-    rules.insert(0, json!({ "names": allow, "action": "SCMP_ACT_ALLOW" }));
-    json!({
-        "defaultAction": "SCMP_ACT_ERRNO",
-        "defaultErrnoRet": profile.default_errno,
-        "architectures": architectures,
-        "syscalls": rules,
-    })
-}
-
 /// "SIGTERM", "TERM", "15", "RTMIN+3".
 pub(super) fn parse_signal(text: &str) -> Option<i32> {
     let upper = text.to_ascii_uppercase();
@@ -888,56 +823,6 @@ mod tests {
                 .to_string()
                 .contains("CAP_X")
         );
-    }
-
-    #[test]
-    fn seccomp_follows_the_capabilities() {
-        let allowed = |caps: &BTreeSet<&'static str>, call: &str| {
-            let profile = seccomp(caps, "x86_64");
-            let rules = profile["syscalls"].as_array().unwrap().clone();
-            rules.iter().any(|rule| {
-                rule["action"] == "SCMP_ACT_ALLOW"
-                    && rule.get("args").is_none()
-                    && words(&rule["names"]).contains(&call)
-            })
-        };
-        let default = DEFAULT_CAPABILITIES.into();
-        for call in ["read", "execve", "chroot", "arch_prctl", "futex", "ptrace"] {
-            assert!(allowed(&default, call), "{call}");
-        }
-        for call in [
-            "mount",
-            "umount2",
-            "unshare",
-            "setns",
-            "bpf",
-            "clone",
-            "clone3",
-            "init_module",
-            "kexec_load",
-            "open_by_handle_at",
-            "keyctl",
-            "add_key",
-            "request_key",
-            "userfaultfd",
-            "io_uring_setup",
-            "socket",
-            "pivot_root",
-            "swapon",
-            "reboot",
-            "settimeofday",
-            "acct",
-            "perf_event_open",
-            "move_mount",
-            "fsopen",
-        ] {
-            assert!(!allowed(&default, call), "{call}");
-        }
-        let admin = BTreeSet::from(["CAP_SYS_ADMIN"]);
-        for call in ["mount", "unshare", "setns", "clone", "clone3"] {
-            assert!(allowed(&admin, call), "{call}");
-        }
-        assert!(!allowed(&admin, "chroot"));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Makes, starts and enters containers: by libcontainer, or by a program like `runc`.
 //!
 //! libcontainer forks and clones, so everything here runs in single-threaded
-//! processes only (the shims). Adds to libcontainer: the seccomp filter for
-//! processes that enter a container, exit codes 126 and 127, and a small init.
+//! processes only (the shims). Adds to libcontainer: seccomp filters that are
+//! compiled once, also for processes that enter a container, exit codes 126 and
+//! 127, and a small init.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -13,18 +14,19 @@ use std::process::{Command, Stdio};
 use libcontainer::capabilities;
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
-use libcontainer::seccomp::initialize_seccomp;
+use libcontainer::oci_spec::runtime::{LinuxCapabilities, Spec};
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Gid, Pid, Uid, fork};
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 use super::bundle::Identity;
 use super::pull::chain;
-use super::shim::ShimConfig;
+use super::seccomp::{self, Filter};
+use super::shim::{ShimConfig, names};
 
 /// The three streams of a process without terminal, or the socket that gets the terminal.
 pub(super) enum Stdio3 {
@@ -58,6 +60,7 @@ pub(super) fn create(
         .map_err(|err| chain(&err))?
         .with_executor(Launcher {
             small_init: config.init,
+            confinement: Confinement::of(config, dir)?,
             enter: None,
         });
     attach_builder(builder, stdio)
@@ -84,11 +87,11 @@ pub(super) fn start(config: &ShimConfig) -> Result<(), String> {
     container.start().map_err(|err| chain(&err))
 }
 
-/// Starts a process inside a running container. `process` is an OCI process for `identity`.
-/// `scratch` is a name for a short-lived file.
+/// Starts a process inside a running container. `process` is an OCI process for `identity`, made
+/// from that in the runtime configuration in `dir`. `scratch` is a name for a short-lived file.
 pub(super) fn enter(
     config: &ShimConfig,
-    spec: &Spec,
+    dir: &Path,
     mut process: Value,
     identity: &Identity,
     scratch: &Path,
@@ -106,33 +109,13 @@ pub(super) fn enter(
         attach(&mut command, stdio);
         run(command.arg(&config.id), config).and_then(|()| read_pid(&pid_file))
     } else {
-        // libcontainer gives entering processes no seccomp filter, and without
-        // no_new_privs only CAP_SYS_ADMIN may load one: the launcher does both at the end.
-        let linux = spec.linux().as_ref();
-        let enter = Enter {
-            seccomp: linux.and_then(|linux| linux.seccomp().clone()),
-            capabilities: spec
-                .process()
-                .as_ref()
-                .and_then(|process| process.capabilities().clone())
-                .unwrap_or_default(),
-            identity: identity.clone(),
-        };
         process["user"] = json!({ "uid": 0, "gid": 0 });
-        for set in ["bounding", "effective", "permitted"] {
-            let names = process["capabilities"][set]
-                .as_array_mut()
-                .ok_or("no capabilities")?;
-            for more in ["CAP_SYS_ADMIN", "CAP_SETPCAP", "CAP_SETUID", "CAP_SETGID"] {
-                if !names.iter().any(|name| name == more) {
-                    names.push(json!(more));
-                }
-            }
-        }
+        widen(&mut process["capabilities"], &["CAP_SETUID", "CAP_SETGID"])?;
         write_json(scratch, &process)?;
         let builder = builder(config)?.with_executor(Launcher {
             small_init: false,
-            enter: Some(enter),
+            confinement: Confinement::of(config, dir)?,
+            enter: Some(identity.clone()),
         });
         attach_builder(builder, stdio)
             .as_tenant()
@@ -309,41 +292,73 @@ fn reset_signals() {
     let _ = nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
 }
 
-/// What remains to be done to a process that enters a container, right before its program.
-#[derive(Clone)]
-struct Enter {
-    seccomp: Option<LinuxSeccomp>,
-    capabilities: LinuxCapabilities,
-    identity: Identity,
+/// Takes the seccomp filter out of a runtime configuration for libcontainer, which would compile it
+/// for each process anew: [`Confinement`] has the compiled one loaded, and that needs capabilities
+/// that the container may not have. Returns the filter, and the capabilities that it keeps.
+pub(super) fn set_aside(spec: &mut Value) -> Result<(Filter, LinuxCapabilities), String> {
+    let bad = |err: serde_json::Error| format!("runtime configuration: {err}");
+    let filter = serde_json::from_value(spec["linux"]["seccomp"].take()).map_err(bad)?;
+    let capabilities = &mut spec["process"]["capabilities"];
+    let kept = LinuxCapabilities::deserialize(&*capabilities).map_err(bad)?;
+    widen(capabilities, &[])?;
+    Ok((filter, kept))
 }
 
-impl Enter {
-    fn finish(&self) -> Result<(), String> {
-        let step = |what: &str, err: &dyn std::fmt::Display| format!("{what}: {err}");
-        if let Some(seccomp) = &self.seccomp {
-            initialize_seccomp(seccomp).map_err(|err| step("load seccomp filter", &err))?;
+/// Adds what a process needs to confine itself, and more.
+fn widen(capabilities: &mut Value, more: &[&str]) -> Result<(), String> {
+    for set in ["bounding", "effective", "permitted"] {
+        let names = capabilities[set].as_array_mut().ok_or("no capabilities")?;
+        for name in ["CAP_SYS_ADMIN", "CAP_SETPCAP"].iter().chain(more) {
+            if !names.iter().any(|known| known == name) {
+                names.push(json!(name));
+            }
         }
+    }
+    Ok(())
+}
+
+/// What a process of a container gives up, at the last: system calls and capabilities.
+#[derive(Clone)]
+struct Confinement {
+    /// A compiled seccomp filter.
+    filter: Vec<u8>,
+    /// Those that it keeps.
+    capabilities: LinuxCapabilities,
+}
+
+impl Confinement {
+    fn of(config: &ShimConfig, dir: &Path) -> Result<Self, String> {
+        let capabilities = config.capabilities.clone();
+        let path = dir.join(names::FILTER);
+        Ok(Self {
+            filter: fs::read(&path).map_err(|err| format!("read {}: {err}", names::FILTER))?,
+            capabilities: capabilities.ok_or("no capabilities")?,
+        })
+    }
+
+    fn load_filter(&self) -> Result<(), String> {
+        seccomp::load(&self.filter)
+    }
+
+    fn drop_capabilities(&self) -> Result<(), String> {
         let syscall = create_syscall();
-        let groups: Vec<Gid> = self
-            .identity
-            .groups
-            .iter()
-            .copied()
-            .map(Gid::from_raw)
-            .collect();
-        let (uid, gid) = (
-            Uid::from_raw(self.identity.uid),
-            Gid::from_raw(self.identity.gid),
-        );
-        nix::sys::prctl::set_keepcaps(true).map_err(|err| step("keep capabilities", &err))?;
-        nix::unistd::setgroups(&groups).map_err(|err| step("set groups", &err))?;
-        nix::unistd::setresgid(gid, gid, gid).map_err(|err| step("set group", &err))?;
-        nix::unistd::setresuid(uid, uid, uid).map_err(|err| step("set user", &err))?;
-        nix::sys::prctl::set_keepcaps(false).map_err(|err| step("keep capabilities", &err))?;
         capabilities::reset_effective(syscall.as_ref())
             .and_then(|()| capabilities::drop_privileges(&self.capabilities, syscall.as_ref()))
-            .map_err(|err| step("drop capabilities", &err))
+            .map_err(|err| format!("drop capabilities: {err}"))
     }
+}
+
+/// Becomes this user, with the capabilities that the process has.
+fn become_user(identity: &Identity) -> Result<(), String> {
+    let step = |what: &str, err: nix::Error| format!("{what}: {err}");
+    let groups = identity.groups.iter().copied().map(Gid::from_raw);
+    let groups: Vec<Gid> = groups.collect();
+    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
+    nix::sys::prctl::set_keepcaps(true).map_err(|err| step("keep capabilities", err))?;
+    nix::unistd::setgroups(&groups).map_err(|err| step("set groups", err))?;
+    nix::unistd::setresgid(gid, gid, gid).map_err(|err| step("set group", err))?;
+    nix::unistd::setresuid(uid, uid, uid).map_err(|err| step("set user", err))?;
+    nix::sys::prctl::set_keepcaps(false).map_err(|err| step("keep capabilities", err))
 }
 
 /// The last step of libcontainer's processes: becomes the container's program.
@@ -351,7 +366,17 @@ impl Enter {
 struct Launcher {
     /// Stay as process 1 and run the program as a child.
     small_init: bool,
-    enter: Option<Enter>,
+    confinement: Confinement,
+    /// Enters a running container, as this user. libcontainer itself makes it none but root.
+    enter: Option<Identity>,
+}
+
+impl Launcher {
+    fn enter_as(&self, identity: &Identity) -> Result<(), String> {
+        self.confinement.load_filter()?;
+        become_user(identity)?;
+        self.confinement.drop_capabilities()
+    }
 }
 
 impl Executor for Launcher {
@@ -380,12 +405,17 @@ impl Executor for Launcher {
             path.split(':')
                 .any(|dir| is_program(&Path::new(dir).join(name)))
         };
-        if found {
-            return Ok(());
+        if !found {
+            return Err(ExecutorValidationError::ArgValidationError(format!(
+                "{name:?}: executable file not found in the image"
+            )));
         }
-        Err(ExecutorValidationError::ArgValidationError(format!(
-            "{name:?}: executable file not found in the image"
-        )))
+        // Here, where a failure still is one to make the container.
+        let confinement = &self.confinement;
+        let confined = confinement.load_filter();
+        confined
+            .and_then(|()| confinement.drop_capabilities())
+            .map_err(ExecutorValidationError::ArgValidationError)
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
@@ -404,8 +434,8 @@ impl Executor for Launcher {
         // What the shim holds open is not for the container.
         // SAFETY: descriptors above 2 are not used by this process any more.
         unsafe { libc::close_range(3, u32::MAX, 0) };
-        if let Some(enter) = &self.enter
-            && let Err(reason) = enter.finish()
+        if let Some(identity) = &self.enter
+            && let Err(reason) = self.enter_as(identity)
         {
             eprintln!("cannot enter the container: {reason}");
             exit_now(126);

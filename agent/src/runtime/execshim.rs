@@ -13,7 +13,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use libcontainer::oci_spec::runtime::Spec;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -151,7 +150,6 @@ impl Session {
         let spec_path = dir.join("config.json");
         let text = fs::read(&spec_path).map_err(step("read config.json"))?;
         let raw: Value = serde_json::from_slice(&text).map_err(|err| err.to_string())?;
-        let spec: Spec = serde_json::from_slice(&text).map_err(|err| err.to_string())?;
         let init: Process = fs::read(config.run_dir.join(names::INIT))
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
@@ -193,7 +191,7 @@ impl Session {
         if request.tty.is_some() {
             let console = shim::listen(&console_path).map_err(step("make console socket"))?;
             let stdio = Stdio3::Console(console_path.clone());
-            let pid = engine::enter(&config, &spec, process, &identity, &scratch, stdio);
+            let pid = engine::enter(&config, dir, process, &identity, &scratch, stdio);
             let _ = store::remove_tree(&console_path);
             let pid = pid?;
             let terminal = shim::receive_terminal(&console).map_err(step("get terminal"))?;
@@ -225,7 +223,7 @@ impl Session {
             stdout: stdout_end,
             stderr: stderr_end,
         };
-        let pid = engine::enter(&config, &spec, process, &identity, &scratch, stdio)?;
+        let pid = engine::enter(&config, dir, process, &identity, &scratch, stdio)?;
         Ok(Self {
             pid,
             signals,

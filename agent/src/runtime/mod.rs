@@ -20,6 +20,7 @@ mod oci;
 mod pull;
 mod registry;
 mod rootfs;
+mod seccomp;
 mod shim;
 mod store;
 

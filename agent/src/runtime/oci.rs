@@ -23,8 +23,10 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 
 use super::bundle::{self, NodeFacts};
+use super::engine;
 use super::listens::{Reception, reception};
 use super::pull::{Puller, blocking, parse};
+use super::seccomp::Compiled;
 use super::shim::{Process, ShimConfig, names, pidfd, read_exit, write_exit};
 use super::store::{Store, remove_tree};
 use super::{
@@ -134,6 +136,7 @@ pub struct OciRuntime {
     /// One step at a time per container.
     steps: Mutex<HashMap<TaskId, Weak<tokio::sync::Mutex<()>>>>,
     max_open_files: u64,
+    filters: Arc<Compiled>,
 }
 
 impl OciRuntime {
@@ -175,6 +178,7 @@ impl OciRuntime {
             images: tokio::sync::RwLock::default(),
             steps: Mutex::default(),
             max_open_files: hard,
+            filters: Arc::default(),
         })
     }
 
@@ -453,7 +457,7 @@ impl OciRuntime {
             max_open_files: self.max_open_files,
             architecture: std::env::consts::ARCH,
         };
-        let bundle = bundle::build(&image.config, config, &node)?;
+        let mut bundle = bundle::build(&image.config, config, &node)?;
         for mount in &config.spec.mounts {
             if mount.r#type() == MountType::Bind && !Path::new(&mount.source).exists() {
                 return Err(RuntimeError::InvalidConfig(format!(
@@ -471,6 +475,11 @@ impl OciRuntime {
             }
             OciEngine::Path(path) => Some(path.clone()),
         };
+        let aside = match engine {
+            None => Some(engine::set_aside(&mut bundle.spec).map_err(failed_to_create)?),
+            Some(_) => None,
+        };
+        let (filter, capabilities) = aside.unzip();
         let shim = ShimConfig {
             id: task.to_string(),
             run_dir: run_dir.clone(),
@@ -486,6 +495,7 @@ impl OciRuntime {
             tty: config.spec.tty,
             init: config.spec.init,
             user: bundle.user,
+            capabilities,
             stop_signal: bundle.stop_signal,
             log_max_bytes: self.config.log.max_bytes.max(64 << 10),
             log_max_files: self.config.log.max_files.max(1),
@@ -507,6 +517,7 @@ impl OciRuntime {
             ),
         ];
         let (to, run) = (dir.clone(), run_dir.clone());
+        let filters = self.filters.clone();
         blocking(move || {
             use std::os::unix::fs::PermissionsExt;
             fs::create_dir_all(&to)?;
@@ -518,6 +529,10 @@ impl OciRuntime {
             for (name, text) in files {
                 fs::write(to.join(name), text)?;
             }
+            if let Some(filter) = filter {
+                let program = filters.program(&filter).map_err(io::Error::other)?;
+                fs::write(to.join(names::FILTER), program)?;
+            }
             fs::create_dir_all(&run)?;
             fs::set_permissions(&run, fs::Permissions::from_mode(0o700))
         })
@@ -526,10 +541,7 @@ impl OciRuntime {
     }
 
     async fn spawn_shim(&self, dir: &Path, run_dir: &Path) -> Result<(), RuntimeError> {
-        let failed = |reason: String| RuntimeError::Failed {
-            step: "create container",
-            reason,
-        };
+        let failed = failed_to_create;
         let mut child = Command::new(&self.config.shim_exe)
             .arg("shim")
             .args([dir, run_dir])
@@ -591,6 +603,13 @@ impl OciRuntime {
 }
 
 /// The first process of a container, alive or not.
+fn failed_to_create(reason: String) -> RuntimeError {
+    RuntimeError::Failed {
+        step: "create container",
+        reason,
+    }
+}
+
 fn engine_pid(run_dir: &Path) -> Option<i32> {
     fs::read_to_string(run_dir.join(names::INIT_PID))
         .ok()?

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
+use libcontainer::oci_spec::runtime::LinuxCapabilities;
 use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -53,6 +54,8 @@ pub(super) struct ShimConfig {
     pub tty: bool,
     pub init: bool,
     pub user: UserSpec,
+    /// What the container's processes keep, by libcontainer; the runtime configuration has more.
+    pub capabilities: Option<LinuxCapabilities>,
     pub stop_signal: i32,
     pub log_max_bytes: u64,
     pub log_max_files: u32,
@@ -95,6 +98,7 @@ impl Process {
 /// File names in a container's directory and its run directory.
 pub(super) mod names {
     pub const CONFIG: &str = "shim.json";
+    pub const FILTER: &str = "seccomp.bpf";
     pub const EXIT: &str = "exit";
     pub const READY: &str = "ready";
     pub const LOG: &str = "log";
