@@ -260,12 +260,16 @@ impl Shared {
     }
 
     fn note(&self, why: &str) {
-        // One sentence per kind of reason: without numbers and addresses.
-        let why: String = why
-            .chars()
-            .filter(|c| !c.is_ascii_digit())
-            .take(160)
-            .collect();
+        // One sentence per kind of reason: without identifiers, numbers and addresses.
+        let words = why
+            .split(' ')
+            .map(|word| match swarm_proto::id::is_id(word) {
+                true => "…",
+                false => word,
+            });
+        let words = words.collect::<Vec<_>>().join(" ");
+        let without_numbers = words.chars().filter(|c| !c.is_ascii_digit());
+        let why: String = without_numbers.take(160).collect();
         let mut reasons = self.reasons.lock();
         if reasons.len() < 200 {
             *reasons.entry(why).or_default() += 1;
