@@ -31,6 +31,13 @@ fn main() -> ExitCode {
     }
     let args = Args::parse();
     start_log(&args);
+    #[cfg(feature = "museum")]
+    if let Ok(bug) = std::env::var(swarm_proto::museum::VARIABLE)
+        && let Err(reason) = swarm_proto::museum::put_back_named(&bug)
+    {
+        eprintln!("swarmd: {reason}");
+        return ExitCode::FAILURE;
+    }
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

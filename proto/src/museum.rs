@@ -161,6 +161,22 @@ pub fn put_back(bug: Bug) {
     PUT_BACK.store(bug as usize + 1, Ordering::Relaxed);
 }
 
+/// Where `swarmd` with the museum finds the name of the bug that it has.
+pub const VARIABLE: &str = "SWARM_MUSEUM";
+
+/// Puts the bug of this name back.
+///
+/// # Errors
+/// There is none of this name; a sentence with those that there are.
+pub fn put_back_named(name: &str) -> Result<(), String> {
+    let exhibit = by_name(name).ok_or_else(|| {
+        let names: Vec<&str> = ALL.iter().map(|exhibit| exhibit.name).collect();
+        format!("no bug {name}; there are: {}", names.join(", "))
+    })?;
+    put_back(exhibit.bug);
+    Ok(())
+}
+
 /// Whether this bug is put back.
 #[must_use]
 pub fn on(bug: Bug) -> bool {

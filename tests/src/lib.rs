@@ -9,3 +9,4 @@ pub mod faults;
 pub mod fire;
 pub mod lab;
 pub mod linearize;
+pub mod museum;

@@ -117,7 +117,7 @@ impl Worker {
                     actions,
                     proposed_at: Some(timestamp((self.clock)())),
                     proposer: self.node_id.to_string(),
-                    term: 0,
+                    ..Transaction::default()
                 };
                 let _ = self.consensus.propose(transaction).await;
                 continue;

@@ -12,20 +12,10 @@ mod with {
     use std::sync::Mutex;
     use std::time::Instant;
 
-    use swarm_proto::museum::{self, ALL};
+    use swarm_proto::museum::ALL;
+    pub use swarm_proto::museum::put_back_named as put_back;
 
     use crate::{Args, runner};
-
-    /// Puts the bug of this name back.
-    pub fn put_back(name: &str) -> Result<(), String> {
-        let found = ALL.iter().find(|exhibit| exhibit.name == name);
-        let exhibit = found.ok_or_else(|| {
-            let names: Vec<&str> = ALL.iter().map(|exhibit| exhibit.name).collect();
-            format!("no bug {name}; there are: {}", names.join(", "))
-        })?;
-        museum::put_back(exhibit.bug);
-        Ok(())
-    }
 
     /// Each bug, seed after seed until it is caught.
     pub fn run(args: &Args) -> ExitCode {

@@ -3,10 +3,11 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
 use swarm_tests::cluster::Cluster;
 use swarm_tests::fire::{alarms, nemesis, run};
+use swarm_tests::museum;
 
 /// Breaks a cluster on purpose while clients use it, and checks what they were answered.
 #[derive(Parser)]
@@ -30,6 +31,9 @@ struct Args {
     /// Only faults whose name contains this; may be given more than once. "nothing" is none at all
     #[arg(long)]
     only: Vec<String>,
+    /// Have the managers be wrong on purpose, by this bug of docs/museum.md, and pass when that is found out
+    #[arg(long)]
+    bug: Option<String>,
     #[command(subcommand)]
     part: Option<Part>,
 }
@@ -65,6 +69,10 @@ fn fire(args: Args) -> Result<()> {
                 "3 to 9 managers and 1 to 1000 clients"
             );
             let managers = usize::from(args.managers);
+            let bug = args.bug.as_deref();
+            if let Some(bug) = bug {
+                museum::put_back(bug)?;
+            }
             let mut cluster = Cluster::up(managers, managers)?;
             let options = run::Options {
                 ops: args.ops,
@@ -81,7 +89,14 @@ fn fire(args: Args) -> Result<()> {
                     nemesis::ALL.iter().filter(named).copied().collect()
                 },
             };
-            println!("{}", run::run(&mut cluster, &options)?.verdict()?);
+            let summary = run::run(&mut cluster, &options)?;
+            match bug {
+                None => println!("{}", summary.verdict()?),
+                Some(bug) => {
+                    let caught = summary.caught();
+                    println!("{}\n{bug}: caught", caught.context("not caught")?);
+                }
+            }
         }
         Some(Part::Alarms { minutes, stalled }) => {
             let mut cluster = Cluster::up(5, 3)?;

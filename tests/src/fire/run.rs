@@ -138,6 +138,15 @@ impl Summary {
         );
         Ok(self)
     }
+
+    /// The summary, if a bug was in the managers and it was found.
+    ///
+    /// # Errors
+    /// Everything is linearizable.
+    pub fn caught(self) -> Result<Self> {
+        ensure!(!self.violations.is_empty(), "{self}");
+        Ok(self)
+    }
 }
 
 /// Runs clients and faults against a cluster of which every host is a manager.
