@@ -82,7 +82,9 @@ impl Expected {
         };
         tokio::select! {
             biased;
-            Ok((index, outcome)) = &mut self.applied => return Fate::Applied(index, outcome),
+            Ok((index, outcome)) = &mut self.applied, if !self.applied.is_terminated() => {
+                return Fate::Applied(index, outcome);
+            }
             () = later => {}
         }
         match self.applied.try_recv() {
@@ -164,6 +166,7 @@ mod tests {
         let mut after = member.proposals.expect(8);
         member.log.send_replace(entry(6, 40));
         assert_eq!(member.fate(&mut before, Some(4)), None);
+        assert_eq!(member.fate(&mut before, Some(6)), None);
         assert_eq!(member.fate(&mut after, Some(4)), Some(Fate::Never));
     }
 
