@@ -22,6 +22,8 @@ use openraft::raft::ClientWriteResponse;
 use openraft::{ChangeMembers, Instant as _, Raft, RaftMetrics, ReadPolicy};
 use parking_lot::Mutex;
 use swarm_proto::defaults::TRANSACTION_MAX;
+#[cfg(feature = "museum")]
+use swarm_proto::museum::Bug;
 use swarm_proto::v1::store_action::Action;
 use swarm_proto::v1::{
     AllocateRaftId, JoinRequest, JoinResponse, LeaveRequest, ManagerStatus, MembersRequest, Node,
@@ -64,6 +66,10 @@ const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(3);
 /// Waits between attempts grow from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(400));
+
+/// Known bugs of who proposes again.
+#[cfg(feature = "museum")]
+const RETRIES: [Bug; 2] = [Bug::RetriedUnknown, Bug::RetriedEarly];
 
 pub(crate) type Core = Raft<TypeConfig, StateMachine>;
 
@@ -360,16 +366,14 @@ impl Group {
         term: Option<u64>,
         attempt: impl Future<Output = Result<u64, NotThere<ProposeError>>>,
     ) -> Result<u64, NotThere<ProposeError>> {
-        let fate = expected.fate(term, self.applied.clone());
         #[cfg(feature = "museum")]
-        let fate = async {
-            let early = swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedEarly);
-            tokio::select! {
-                fate = fate => fate,
-                () = self.led_after(term), if early => Fate::Never,
-            }
-        };
-        let mut fate = pin!(fate);
+        if let Some(bug) = RETRIES
+            .into_iter()
+            .find(|bug| swarm_proto::museum::on(*bug))
+        {
+            return self.settled_wrongly(bug, term, attempt).await;
+        }
+        let mut fate = pin!(expected.fate(term, self.applied.clone()));
         let known = |fate: Fate| match fate {
             Fate::Applied(index, Outcome(Ok(()))) => Ok(index),
             Fate::Applied(_, Outcome(Err(rejection))) => {
@@ -380,12 +384,6 @@ impl Group {
         let why = tokio::select! {
             fate = &mut fate => return known(fate),
             answer = attempt => match answer {
-                #[cfg(feature = "museum")]
-                Err(NotThere::Failed(ProposeError::Unknown(why)))
-                    if swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedUnknown) =>
-                {
-                    return Err(NotThere::TryAgain(why, None));
-                }
                 Err(NotThere::Failed(ProposeError::Unknown(why))) => why,
                 answer => return answer,
             },
@@ -396,14 +394,28 @@ impl Group {
         }
     }
 
-    /// Returns when a manager leads in a later term than this.
+    /// As [`Self::settled`] by who does not know his own proposals when they are applied, and
+    /// proposes again too soon.
     #[cfg(feature = "museum")]
-    async fn led_after(&self, term: Option<u64>) {
-        let mut leadership = self.leadership.subscribe();
+    async fn settled_wrongly(
+        &self,
+        bug: Bug,
+        term: Option<u64>,
+        attempt: impl Future<Output = Result<u64, NotThere<ProposeError>>>,
+    ) -> Result<u64, NotThere<ProposeError>> {
         let later =
             |now: &Leadership| now.leader.is_some() && term.is_some_and(|term| now.term > term);
-        if leadership.wait_for(later).await.is_err() {
-            std::future::pending().await
+        let mut leadership = self.leadership.subscribe();
+        tokio::select! {
+            Ok(_) = leadership.wait_for(later), if bug == Bug::RetriedEarly => {
+                Err(NotThere::TryAgain("the leader has changed".into(), None))
+            }
+            answer = attempt => match answer {
+                Err(NotThere::Failed(ProposeError::Unknown(why))) if bug == Bug::RetriedUnknown => {
+                    Err(NotThere::TryAgain(why, None))
+                }
+                answer => answer,
+            },
         }
     }
 
