@@ -67,10 +67,6 @@ museum! {
         "a proposal whose outcome is unknown is proposed again",
         "etcd-io/etcd#18424, etcd-io/jetcd#1444",
         "a write that was refused has changed nothing";
-    RetriedEarly, "retried-early",
-        "a proposal is proposed again as soon as another manager leads, before the entries up to then are applied",
-        "etcd-io/etcd#3587",
-        "a write that was refused has changed nothing";
     VoterBeforeCaughtUp, "voter-before-caught-up",
         "a joining manager votes before it has the log",
         "the Raft thesis, 4.2.1 (catching up new servers)",

@@ -22,8 +22,6 @@ use openraft::raft::ClientWriteResponse;
 use openraft::{ChangeMembers, Instant as _, Raft, RaftMetrics, ReadPolicy};
 use parking_lot::Mutex;
 use swarm_proto::defaults::TRANSACTION_MAX;
-#[cfg(feature = "museum")]
-use swarm_proto::museum::Bug;
 use swarm_proto::v1::store_action::Action;
 use swarm_proto::v1::{
     AllocateRaftId, JoinRequest, JoinResponse, LeaveRequest, ManagerStatus, MembersRequest, Node,
@@ -66,10 +64,6 @@ const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(3);
 /// Waits between attempts grow from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(400));
-
-/// Known bugs of who proposes again.
-#[cfg(feature = "museum")]
-const RETRIES: [Bug; 2] = [Bug::RetriedUnknown, Bug::RetriedEarly];
 
 pub(crate) type Core = Raft<TypeConfig, StateMachine>;
 
@@ -367,11 +361,14 @@ impl Group {
         attempt: impl Future<Output = Result<u64, NotThere<ProposeError>>>,
     ) -> Result<u64, NotThere<ProposeError>> {
         #[cfg(feature = "museum")]
-        if let Some(bug) = RETRIES
-            .into_iter()
-            .find(|bug| swarm_proto::museum::on(*bug))
-        {
-            return self.settled_wrongly(bug, term, attempt).await;
+        if swarm_proto::museum::on(swarm_proto::museum::Bug::RetriedUnknown) {
+            // By who does not know his own proposals when they are applied.
+            return match attempt.await {
+                Err(NotThere::Failed(ProposeError::Unknown(why))) => {
+                    Err(NotThere::TryAgain(why, None))
+                }
+                answer => answer,
+            };
         }
         let mut fate = pin!(expected.fate(term, self.applied.clone()));
         let known = |fate: Fate| match fate {
@@ -391,31 +388,6 @@ impl Group {
         match tokio::time::timeout(FATE_PATIENCE, fate).await {
             Ok(fate) => known(fate),
             Err(_) => Err(NotThere::Failed(ProposeError::Unknown(why))),
-        }
-    }
-
-    /// As [`Self::settled`] by who does not know his own proposals when they are applied, and
-    /// proposes again too soon.
-    #[cfg(feature = "museum")]
-    async fn settled_wrongly(
-        &self,
-        bug: Bug,
-        term: Option<u64>,
-        attempt: impl Future<Output = Result<u64, NotThere<ProposeError>>>,
-    ) -> Result<u64, NotThere<ProposeError>> {
-        let later =
-            |now: &Leadership| now.leader.is_some() && term.is_some_and(|term| now.term > term);
-        let mut leadership = self.leadership.subscribe();
-        tokio::select! {
-            Ok(_) = leadership.wait_for(later), if bug == Bug::RetriedEarly => {
-                Err(NotThere::TryAgain("the leader has changed".into(), None))
-            }
-            answer = attempt => match answer {
-                Err(NotThere::Failed(ProposeError::Unknown(why))) if bug == Bug::RetriedUnknown => {
-                    Err(NotThere::TryAgain(why, None))
-                }
-                answer => answer,
-            },
         }
     }
 
