@@ -329,10 +329,11 @@ struct Confinement {
 impl Confinement {
     fn of(config: &ShimConfig, dir: &Path) -> Result<Self, String> {
         let capabilities = config.capabilities.clone();
-        let path = dir.join(names::FILTER);
+        let capabilities = capabilities.ok_or("an earlier version of swarmd has made it")?;
+        let filter = fs::read(dir.join(names::FILTER));
         Ok(Self {
-            filter: fs::read(&path).map_err(|err| format!("read {}: {err}", names::FILTER))?,
-            capabilities: capabilities.ok_or("no capabilities")?,
+            filter: filter.map_err(|err| format!("read {}: {err}", names::FILTER))?,
+            capabilities,
         })
     }
 
