@@ -32,49 +32,49 @@ const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_SYS_CHROOT",
 ];
 
-/// Every capability there is: what "ALL" means and what a name may be.
+/// Every capability there is, each at its number: what a name may be.
 const ALL_CAPABILITIES: [&str; 41] = [
-    "CAP_AUDIT_CONTROL",
-    "CAP_AUDIT_READ",
-    "CAP_AUDIT_WRITE",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_DAC_READ_SEARCH",
     "CAP_FOWNER",
     "CAP_FSETID",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
     "CAP_KILL",
-    "CAP_LEASE",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
     "CAP_LINUX_IMMUTABLE",
-    "CAP_MAC_ADMIN",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MKNOD",
-    "CAP_NET_ADMIN",
     "CAP_NET_BIND_SERVICE",
     "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
     "CAP_NET_RAW",
-    "CAP_PERFMON",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYSLOG",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
     "CAP_SYS_ADMIN",
     "CAP_SYS_BOOT",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_MODULE",
     "CAP_SYS_NICE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_RAWIO",
     "CAP_SYS_RESOURCE",
     "CAP_SYS_TIME",
     "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
     "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
 ];
 
 /// What is read by path and could reveal or change the host.
@@ -160,6 +160,8 @@ pub(super) struct NodeFacts<'a> {
     pub cgroup: &'a str,
     /// The most open files this process may grant.
     pub max_open_files: u64,
+    /// Capabilities that this process has, a bit for each by its number.
+    pub capabilities: u64,
     /// Rust's name of this machine's architecture: "x86_64".
     pub architecture: &'a str,
 }
@@ -189,7 +191,11 @@ pub(super) fn build(
     node: &NodeFacts<'_>,
 ) -> Result<Bundle, RuntimeError> {
     let spec = &config.spec;
-    let capabilities = capabilities(&spec.capability_add, &spec.capability_drop)?;
+    let capabilities = capabilities(
+        &spec.capability_add,
+        &spec.capability_drop,
+        node.capabilities,
+    )?;
     let hostname = if spec.hostname.is_empty() {
         &config.hostname
     } else {
@@ -334,7 +340,12 @@ pub(super) fn merge_env(env: &mut Vec<String>, entry: &str) -> Result<(), Runtim
 }
 
 /// Docker's defaults without `drop`, then with `add`; "ALL" stands for all.
-fn capabilities(add: &[String], drop: &[String]) -> Result<BTreeSet<&'static str>, RuntimeError> {
+/// `held` are those that the node can give: "ALL" means these, and of Docker's default those are given.
+fn capabilities(
+    add: &[String],
+    drop: &[String],
+    held: u64,
+) -> Result<BTreeSet<&'static str>, RuntimeError> {
     let parse = |names: &[String]| -> Result<(bool, BTreeSet<&'static str>), RuntimeError> {
         let mut all = false;
         let mut set = BTreeSet::new();
@@ -350,12 +361,24 @@ fn capabilities(add: &[String], drop: &[String]) -> Result<BTreeSet<&'static str
         }
         Ok((all, set))
     };
+    let numbered = ALL_CAPABILITIES.into_iter().enumerate();
+    let held = numbered.filter(|(number, _)| held >> number & 1 == 1);
+    let held: BTreeSet<&'static str> = held.map(|(_, name)| name).collect();
     let (add_all, add) = parse(add)?;
     let (drop_all, drop) = parse(drop)?;
+    if let Some(name) = add.difference(&held).next() {
+        return Err(invalid(format!(
+            "capability {name} cannot be given on this node: swarmd does not have it"
+        )));
+    }
     let mut set: BTreeSet<&'static str> = match (add_all, drop_all) {
-        (true, _) => ALL_CAPABILITIES.into_iter().collect(),
+        (true, _) => held,
         (false, true) => BTreeSet::new(),
-        (false, false) => DEFAULT_CAPABILITIES.into_iter().collect(),
+        (false, false) => {
+            let mut default = BTreeSet::from(DEFAULT_CAPABILITIES);
+            default.retain(|name| held.contains(name));
+            default
+        }
     };
     set.retain(|name| !drop.contains(name));
     set.extend(add);
@@ -701,6 +724,7 @@ mod tests {
             dir: Path::new("/c"),
             cgroup: "/swarm/x",
             max_open_files: 20_000,
+            capabilities: u64::MAX,
             architecture: "x86_64",
         };
         build(image, &config(change), &node)
@@ -801,15 +825,16 @@ mod tests {
 
     #[test]
     fn capabilities_are_dockers_unless_changed() {
-        let caps = |add: &[&str], drop: &[&str]| {
+        let with = |held: u64, add: &[&str], drop: &[&str]| {
             let own = |words: &[&str]| {
                 words
                     .iter()
                     .map(|&word| word.to_owned())
                     .collect::<Vec<_>>()
             };
-            capabilities(&own(add), &own(drop))
+            capabilities(&own(add), &own(drop), held)
         };
+        let caps = |add: &[&str], drop: &[&str]| with(u64::MAX, add, drop);
         assert_eq!(caps(&[], &[]).unwrap(), DEFAULT_CAPABILITIES.into());
         assert_eq!(
             caps(&["net_admin"], &["ALL"]).unwrap(),
@@ -823,6 +848,12 @@ mod tests {
                 .to_string()
                 .contains("CAP_X")
         );
+        // A node that has neither CAP_SYS_RESOURCE (24) nor CAP_MKNOD (27).
+        let some = !(1u64 << 24 | 1 << 27);
+        assert_eq!(with(some, &["ALL"], &[]).unwrap().len(), 39);
+        assert_eq!(with(some, &[], &[]).unwrap().len(), 13);
+        let refused = with(some, &["mknod"], &[]).unwrap_err().to_string();
+        assert!(refused.contains("CAP_MKNOD"), "{refused}");
     }
 
     #[test]

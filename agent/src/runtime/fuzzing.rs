@@ -183,6 +183,7 @@ fn container(image: &ImageConfig, spec: ContainerSpec) {
         dir: Path::new("/dir"),
         cgroup: "/swarm/t1",
         max_open_files: 1024,
+        capabilities: u64::MAX,
         architecture: "x86_64",
     };
     match bundle::build(&image.config, &config, &node) {
@@ -210,6 +211,7 @@ pub fn build(config: &ContainerConfig) -> Result<(), String> {
         dir: Path::new("/dir"),
         cgroup: "/swarm/t1",
         max_open_files: 1024,
+        capabilities: u64::MAX,
         architecture: "x86_64",
     };
     match bundle::build(&image, config, &node) {

@@ -136,6 +136,8 @@ pub struct OciRuntime {
     /// One step at a time per container.
     steps: Mutex<HashMap<TaskId, Weak<tokio::sync::Mutex<()>>>>,
     max_open_files: u64,
+    /// Those of this process.
+    capabilities: u64,
     filters: Arc<Compiled>,
 }
 
@@ -178,6 +180,7 @@ impl OciRuntime {
             images: tokio::sync::RwLock::default(),
             steps: Mutex::default(),
             max_open_files: hard,
+            capabilities: capabilities()?,
             filters: Arc::default(),
         })
     }
@@ -455,6 +458,7 @@ impl OciRuntime {
             dir: &dir,
             cgroup: &group,
             max_open_files: self.max_open_files,
+            capabilities: self.capabilities,
             architecture: std::env::consts::ARCH,
         };
         let mut bundle = bundle::build(&image.config, config, &node)?;
@@ -603,6 +607,19 @@ impl OciRuntime {
 }
 
 /// The first process of a container, alive or not.
+/// The capabilities of this process, a bit for each.
+fn capabilities() -> Result<u64, RuntimeError> {
+    let path = "/proc/self/status";
+    let status = fs::read_to_string(path);
+    let status = status.as_deref().unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    bits.ok_or_else(|| RuntimeError::Failed {
+        step: "open runtime",
+        reason: format!("{path} does not say which capabilities this process has"),
+    })
+}
+
 fn failed_to_create(reason: String) -> RuntimeError {
     RuntimeError::Failed {
         step: "create container",
