@@ -37,7 +37,9 @@ pub fn join_token(data: &[u8]) {
             assert_eq!(token.as_str(), text);
             assert!(same_token(token.as_str(), text));
             assert_eq!(token.digest().len(), 50);
-            assert!(!format!("{token:?}").contains(&text[text.len() - 25..]));
+            // What is public may be the same by chance.
+            let (public, secret) = text.split_at(text.len() - 25);
+            assert!(public.contains(secret) || !format!("{token:?}").contains(secret));
         }
         // One sentence, whatever was given.
         Err(error) => assert!(error.to_string().len() < 200, "{error}"),

@@ -67,18 +67,20 @@ impl ImageRef {
         };
         let looks_like_an_id =
             registry.is_none() && path.len() == 64 && path.bytes().all(|b| b.is_ascii_hexdigit());
-        let well_formed = name.len() <= NAME_MAX
-            && registry.is_none_or(is_registry)
+        let well_formed = registry.is_none_or(is_registry)
             && path.split('/').all(is_path_component)
             && !looks_like_an_id
             && tag.is_none_or(is_tag)
             && digest.is_none_or(is_digest);
-        well_formed.then(|| Self {
+        let image = Self {
             registry: registry.map(str::to_owned),
             path: path.to_owned(),
             tag: tag.map(str::to_owned),
             digest: digest.map(str::to_owned),
-        })
+        };
+        // With the registry that is meant when none is named.
+        let length = image.registry().len() + 1 + image.repository().len();
+        (well_formed && length.max(name.len()) <= NAME_MAX).then_some(image)
     }
 
     /// The registry that serves the image; `docker.io` when the reference names none.
@@ -311,6 +313,8 @@ mod tests {
             "-a",
             "a@",
             &"a".repeat(256),
+            // With docker.io/library before it.
+            &"a".repeat(240),
             &"a".repeat(64),
         ] {
             let error = ImageRef::parse(text).unwrap_err().to_string();

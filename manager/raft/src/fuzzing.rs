@@ -36,8 +36,8 @@ pub fn log_record(data: &[u8]) {
         return;
     };
     let mut written = Vec::new();
-    for (index, entry) in (first..).zip(&entries) {
-        assert_eq!(entry.log_id().index, index);
+    for (place, entry) in entries.iter().enumerate() {
+        assert_eq!(entry.log_id().index, first + place as u64);
         assert!(disk::entry_size(entry) >= 64);
         if let openraft::EntryPayload::Normal(command) = &entry.payload {
             let _ = command.transaction();

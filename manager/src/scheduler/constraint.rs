@@ -91,6 +91,14 @@ impl Constraint {
         if value.is_empty() || value.chars().any(char::is_control) {
             return Err(bad_value("a value without control characters"));
         }
+        let bad_key = || ConstraintError::Key {
+            text: text.to_owned(),
+            key: key.to_owned(),
+        };
+        // Written without its spaces it would be read with another operator.
+        if key.contains(['!', '=']) {
+            return Err(bad_key());
+        }
         let lower = key.to_ascii_lowercase();
         let owned = value.to_owned();
         let subject = match lower.as_str() {
@@ -112,12 +120,7 @@ impl Constraint {
             _ => match (label(key, "node.labels."), label(key, "engine.labels.")) {
                 (Some(name), _) => Subject::NodeLabel { name, value: owned },
                 (_, Some(name)) => Subject::EngineLabel { name, value: owned },
-                (None, None) => {
-                    return Err(ConstraintError::Key {
-                        text: text.to_owned(),
-                        key: key.to_owned(),
-                    });
-                }
+                (None, None) => return Err(bad_key()),
             },
         };
         let text = format!("{key}{}{value}", if equal { "==" } else { "!=" });
@@ -290,6 +293,8 @@ mod tests {
             ("node.labels.zone=a", "no operator"),
             ("zone==a", "unknown key"),
             ("node.labels.==a", "unknown key"),
+            ("node.labels.a! ==b", "unknown key"),
+            ("node.labels.a= ==b", "unknown key"),
             ("node.ip==here", "an IP address or CIDR"),
             ("node.role==boss", "manager or worker"),
             ("node.id==", "invalid value"),

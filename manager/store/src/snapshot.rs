@@ -178,10 +178,10 @@ impl State {
 
     fn restore(&mut self, object: Restored) -> Result<(), DecodeError> {
         match object {
-            Restored::Cluster(cluster) => self.cluster = Some(cluster),
+            Restored::Cluster(cluster) => once(self.cluster.replace(cluster))?,
             Restored::Node(id, node) => {
                 self.ipam.note_routes(&id, None, Some(&node));
-                self.nodes.insert(id, node);
+                once(self.nodes.insert(id, node))?;
             }
             Restored::Network(id, network) => self.restore_network(id, network)?,
             Restored::Service(id, service) => {
@@ -198,7 +198,7 @@ impl State {
                     }
                 }
                 self.index_service(&service);
-                self.services.insert(id, service);
+                once(self.services.insert(id, service))?;
             }
             Restored::Task(id, mut task, spec) => {
                 if spec != SnapshotSpec::Own {
@@ -217,7 +217,7 @@ impl State {
                     }
                 }
                 self.index_task(&id, &task, None);
-                self.tasks.insert(id, task);
+                once(self.tasks.insert(id, task))?;
             }
         }
         Ok(())
@@ -227,8 +227,15 @@ impl State {
         let restored = self.ipam.restore_network(&network);
         restored.map_err(|rejection| DecodeError::Damaged(rejection.message))?;
         self.index_network(&network);
-        self.networks.insert(id, network);
-        Ok(())
+        once(self.networks.insert(id, network))
+    }
+}
+
+/// Nothing was there before.
+fn once<T>(before: Option<T>) -> Result<(), DecodeError> {
+    match before {
+        None => Ok(()),
+        Some(_) => Err(damaged("an object is in it twice")),
     }
 }
 
@@ -503,7 +510,7 @@ impl Encoder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{cluster, create, network, service, task, transaction};
+    use crate::testing::{cluster, create, network, node, service, task, transaction};
 
     #[test]
     fn what_the_version_before_has_written_is_read() {
@@ -540,6 +547,36 @@ mod tests {
         let records = encoder.records;
         encoder.put(snapshot_record::Record::End(SnapshotEnd { records }));
         assert_eq!(State::decode(&bytes).expect("read"), state);
+    }
+
+    #[test]
+    fn an_object_that_is_there_twice_is_damage() {
+        let empty = State::default().encode();
+        let (_, end) = split_record(&empty).expect("a header");
+        let header = &empty[..empty.len() - end.len()];
+        let network = network("n", "net", "10.0.0.0/24");
+        for object in [
+            object::Object::Cluster(cluster("c")),
+            object::Object::Node(node("w1", "10.0.0.1")),
+            object::Object::Network(network),
+            object::Object::Service(service("s", "web", &[])),
+            object::Object::Task(task("t", "s", &[])),
+        ] {
+            let record = SnapshotRecord {
+                record: Some(snapshot_record::Record::Object(Object {
+                    object: Some(object),
+                })),
+                spec: SnapshotSpec::Own.into(),
+            };
+            let mut bytes = header.to_vec();
+            for _ in 0..2 {
+                let more = record.encode_length_delimited(&mut bytes);
+                more.expect("grows");
+            }
+            let error = State::decode(&bytes).expect_err("damaged").to_string();
+            assert!(error.starts_with("the snapshot is damaged: "), "{error}");
+            assert!(!error.contains("cut off"), "{error}");
+        }
     }
 
     #[test]
