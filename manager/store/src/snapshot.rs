@@ -343,7 +343,9 @@ impl Restoring {
                 };
                 let network = NetworkId::from(waiter.network_id);
                 let ipam = &mut self.state.ipam;
-                ipam.restore_waiting(who, network, waiter.turn);
+                if !ipam.restore_waiting(who, network, waiter.turn) {
+                    return Err(damaged("one waits twice for an address"));
+                }
             }
             Record::End(end) if end.records == self.records => self.ended = true,
             Record::End(_) => return Err(damaged("records are missing")),

@@ -325,7 +325,8 @@ fn exec_on_a_terminal_is_a_terminal() -> Result<()> {
         Ok(terminal.shows("again-2")?.contains("50 80").then_some(()))
     })?;
     // Ctrl-C reaches what runs inside, not swarm; then the shell ends with its own status.
-    terminal.press("echo ready-$((1+1)); sleep 1000000\r")?;
+    // (A shell that is still about to start what it runs would swallow it, so that says when it is there.)
+    terminal.press("sh -c 'echo ready-$((1+1)); exec sleep 1000000'\r")?;
     terminal.shows("ready-2")?;
     terminal.press("\u{3}")?;
     terminal.press("echo status-$?\r")?;

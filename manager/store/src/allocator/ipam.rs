@@ -478,14 +478,19 @@ impl Ipam {
                 self.next_turn
             }
         };
-        self.restore_waiting(who, network, turn);
+        let alone = self.restore_waiting(who, network, turn);
+        debug_assert!(
+            alone,
+            "its last turn was taken from it, and turns are given once"
+        );
     }
 
-    /// As a snapshot has it.
-    pub(crate) fn restore_waiting(&mut self, who: Waiter, network: NetworkId, turn: u64) {
-        self.turns.insert(who.clone(), (network.clone(), turn));
+    /// As a snapshot has it. False when it waits already, or the turn is another's or was never given.
+    pub(crate) fn restore_waiting(&mut self, who: Waiter, network: NetworkId, turn: u64) -> bool {
+        let before = self.turns.insert(who.clone(), (network.clone(), turn));
         let queue = self.waiting.entry(network).or_default();
-        queue.insert(turn, who);
+        let other = queue.insert(turn, who);
+        turn <= self.next_turn && before.is_none() && other.is_none()
     }
 
     /// As a snapshot has it.
