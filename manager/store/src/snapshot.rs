@@ -355,9 +355,14 @@ impl Restoring {
     }
 
     fn finish(self) -> Result<State, DecodeError> {
-        match self.ended {
-            true => Ok(self.state),
-            false => Err(damaged("it is cut off")),
+        if !self.ended {
+            return Err(damaged("it is cut off"));
+        }
+        let state = self.state;
+        let names = (state.service_names.len(), state.network_names.len());
+        match names == (state.services.len(), state.networks.len()) {
+            true => Ok(state),
+            false => Err(damaged("two objects have one name")),
         }
     }
 }
@@ -579,6 +584,19 @@ mod tests {
             assert!(error.starts_with("the snapshot is damaged: "), "{error}");
             assert!(!error.contains("cut off"), "{error}");
         }
+    }
+
+    #[test]
+    fn two_objects_of_one_name_are_damage() {
+        let mut state = State::default();
+        for id in ["s1", "s2"] {
+            let made = Arc::new(service(id, "web", &[]));
+            state.index_service(&made);
+            state.services.insert(ServiceId::from(id), made);
+        }
+        let error = State::decode(&state.encode()).expect_err("damaged");
+        let sentence = "the snapshot is damaged: two objects have one name";
+        assert_eq!(error.to_string(), sentence);
     }
 
     #[test]
