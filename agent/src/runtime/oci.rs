@@ -606,7 +606,6 @@ impl OciRuntime {
     }
 }
 
-/// The first process of a container, alive or not.
 /// The capabilities of this process, a bit for each.
 fn capabilities() -> Result<u64, RuntimeError> {
     let path = "/proc/self/status";
@@ -627,6 +626,7 @@ fn failed_to_create(reason: String) -> RuntimeError {
     }
 }
 
+/// The first process of a container, alive or not.
 fn engine_pid(run_dir: &Path) -> Option<i32> {
     fs::read_to_string(run_dir.join(names::INIT_PID))
         .ok()?
