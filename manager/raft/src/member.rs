@@ -57,9 +57,29 @@ pub(crate) async fn save(
     let aside = dir.join("member.writing");
     let plain = encode(member).map_err(|e| DiskError::io("encode", &path, e))?;
     let sealed = sealer.seal(FILE.as_bytes(), &plain);
+    #[cfg(feature = "museum")]
+    if swarm_proto::museum::on(swarm_proto::museum::Bug::OldRaftId) {
+        let beside = dir.with_extension("member");
+        let _ = swarm_disk::replace(disk, &beside, &dir.with_extension("new"), &[&sealed]).await;
+    }
     swarm_disk::replace(disk, &path, &aside, &[&sealed])
         .await
         .map_err(|e| DiskError::io("write", &path, e))
+}
+
+/// The member that this node was before `dir` was lost.
+#[cfg(feature = "museum")]
+pub(crate) fn before(
+    disk: &dyn Disk,
+    dir: &Path,
+    sealer: &Sealer,
+    node: &str,
+) -> Option<Membership> {
+    let sealed = disk.read(&dir.with_extension("member")).ok()?;
+    let plain = sealer.open(FILE.as_bytes(), &sealed).ok()?;
+    decode::<Membership>(&plain)
+        .ok()
+        .filter(|member| member.node_id == node)
 }
 
 /// Makes `dir` ready for a new member. What an attempt that never got so far as

@@ -282,6 +282,17 @@ impl RaftNode {
     ) -> BoxFuture<'static, Result<Arc<Self>, StartError>> {
         Box::pin(async move {
             member::prepare(&*config.disk, &config.dir)?;
+            #[cfg(feature = "museum")]
+            if swarm_proto::museum::on(swarm_proto::museum::Bug::OldRaftId) {
+                let (disk, sealer) = (&*config.disk, Sealer::new(&config.data_key));
+                let node_id = config.identity.peer().node_id.to_string();
+                if let Some(member) = member::before(disk, &config.dir, &sealer, &node_id) {
+                    member::save(disk, &config.dir, &sealer, &member).await?;
+                    let node = Self::launch(config, &member).await?;
+                    node.belong(remotes);
+                    return Ok(node);
+                }
+            }
             let (raft_id, known) = ask_for_id(&config, &remotes).await?;
             let mut all: BTreeSet<String> = remotes.into_iter().chain(known).collect();
             all.remove(&config.addr);

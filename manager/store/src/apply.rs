@@ -254,21 +254,6 @@ impl Draft {
         let cluster = cluster.ok_or_else(|| refuse(Code::NotFound, "there is no cluster yet"))?;
         let node = self.state.nodes.get(wanted.node_id.as_str()).cloned();
         let node = node.ok_or_else(|| not_found("node", &wanted.node_id))?;
-        #[cfg(feature = "museum")]
-        if swarm_proto::museum::on(swarm_proto::museum::Bug::OldRaftId)
-            && let Some(status) = node.manager_status.clone()
-            && status.raft_id != 0
-        {
-            self.put_node(Node {
-                manager_status: Some(ManagerStatus {
-                    addr: wanted.addr.clone(),
-                    ..status
-                }),
-                meta: self.updated_meta(&node.meta),
-                ..(*node).clone()
-            });
-            return Ok(());
-        }
         let raft_id = cluster.next_raft_id.max(1);
         self.put_cluster(Cluster {
             next_raft_id: raft_id + 1,
