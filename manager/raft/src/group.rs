@@ -617,7 +617,7 @@ impl Group {
         let mut lull = Lull::new();
         let mut cut = 0;
         loop {
-            let (leadership, purged, snapshot, running) = {
+            let (leadership, purged, snapshot, running, rank) = {
                 let metrics = metrics.borrow_watched();
                 for (&raft_id, peer) in metrics.membership_config.nodes() {
                     self.pool.locate(raft_id, &peer.addr);
@@ -627,6 +627,11 @@ impl Group {
                     metrics.purged.map_or(0, |id| id.index),
                     metrics.snapshot.map_or(0, |id| id.index),
                     metrics.running_state.clone(),
+                    metrics
+                        .membership_config
+                        .voter_ids()
+                        .filter(|id| *id < self.raft_id)
+                        .count() as u64,
                 )
             };
             self.publish(leadership);
@@ -644,10 +649,12 @@ impl Group {
             };
             let due = self.snapshot_due();
             let objects = self.store.state().objects() as u64;
-            let proportionate = due.in_proportion(self.scales.lock().snapshot_bytes(), objects);
+            let proportionate = due
+                .in_proportion(self.scales.lock().snapshot_bytes(), objects)
+                .after_others(rank);
             // What it costs is no matter when there is nothing else to do.
             if proportionate.is_due(asked, now)
-                || (lull.is(Instant::now(), asked, now) && due.is_due(asked, now))
+                || (lull.is(Instant::now(), asked, now, rank) && due.is_due(asked, now))
             {
                 asked = now;
                 let _ = self.raft.trigger().snapshot().await;

@@ -39,6 +39,17 @@ impl Due {
         }
     }
 
+    /// Managers apply the same entries, and would all make their snapshots at once: what a quorum has to
+    /// answer meanwhile would wait for most of them. This many come before this one.
+    pub(crate) fn after_others(self, rank: u64) -> Self {
+        let later = |limit: u64| limit.saturating_add(limit.saturating_mul(rank) / 16);
+        Self {
+            entries: later(self.entries),
+            bytes: later(self.bytes),
+            changes: later(self.changes),
+        }
+    }
+
     /// Whether it is time for one, when the last one was asked for at `before`.
     pub(crate) fn is_due(self, before: Work, now: Work) -> bool {
         now.index >= before.index.saturating_add(self.entries)
@@ -52,20 +63,28 @@ impl Due {
 pub(crate) struct Lull {
     /// When work was looked at last, and what was done then.
     looked: Option<(Instant, u64)>,
+    /// How many looks in a row have found next to nothing.
+    quiet: u64,
 }
 
 impl Lull {
-    /// How long there must be next to nothing to do.
-    const LASTS: Duration = Duration::from_secs(5);
+    /// Between two looks.
+    const LASTS: Duration = Duration::from_secs(3);
     /// Next to nothing: such a part of what a snapshot would save a manager that starts again.
     const PART: u64 = 1024;
+    /// Looks between one manager's snapshot and the next one's, as they do not look at the same time.
+    const TURN: u64 = 2;
 
     pub(crate) fn new() -> Self {
-        Self { looked: None }
+        Self {
+            looked: None,
+            quiet: 0,
+        }
     }
 
-    /// Whether there is one now. The last snapshot was asked for at `before`.
-    pub(crate) fn is(&mut self, at: Instant, before: Work, now: Work) -> bool {
+    /// Whether there is one now, and this manager's turn, before which `rank` others have theirs. The last
+    /// snapshot was asked for at `before`.
+    pub(crate) fn is(&mut self, at: Instant, before: Work, now: Work, rank: u64) -> bool {
         let Some((since, changes)) = self.looked else {
             self.looked = Some((at, now.changes));
             return false;
@@ -75,7 +94,11 @@ impl Lull {
         }
         self.looked = Some((at, now.changes));
         let saved = now.changes.saturating_sub(before.changes);
-        now.changes - changes <= saved / Self::PART
+        match now.changes - changes <= saved / Self::PART {
+            true => self.quiet += 1,
+            false => self.quiet = 0,
+        }
+        self.quiet > rank.saturating_mul(Self::TURN)
     }
 }
 
@@ -184,14 +207,48 @@ mod tests {
                 changes,
                 ..Work::default()
             };
-            lull.is(begin + Duration::from_secs(seconds), Work::default(), now)
+            lull.is(
+                begin + Duration::from_secs(seconds),
+                Work::default(),
+                now,
+                0,
+            )
         };
         assert!(!look(0, 100_000));
-        assert!(!look(4, 100_000), "too short");
-        assert!(look(5, 100_050));
-        assert!(!look(6, 100_050), "too soon after the last look");
-        assert!(!look(10, 102_000), "too busy");
-        assert!(look(15, 102_000));
+        assert!(!look(2, 100_000), "too short");
+        assert!(look(3, 100_050));
+        assert!(!look(4, 100_050), "too soon after the last look");
+        assert!(!look(6, 102_000), "too busy");
+        assert!(look(9, 102_000));
+    }
+
+    #[test]
+    fn managers_take_turns() {
+        let begin = Instant::now();
+        let mut lulls = [(); 3].map(|()| Lull::new());
+        let mut first = |rank: usize| {
+            let mut look = |seconds| {
+                let at = begin + Duration::from_secs(seconds);
+                lulls[rank].is(at, Work::default(), Work::default(), rank as u64)
+            };
+            (0..60).find(|seconds| look(*seconds)).unwrap()
+        };
+        assert_eq!([first(0), first(1), first(2)], [3, 9, 15]);
+        // One that others have gone before starts from the beginning when it gets busy.
+        let busy = Work {
+            changes: 5000,
+            ..Work::default()
+        };
+        let mut lull = Lull::new();
+        for (seconds, now) in [(0, Work::default()), (3, Work::default()), (6, busy)] {
+            assert!(!lull.is(begin + Duration::from_secs(seconds), busy, now, 1));
+        }
+        let looks: Vec<bool> = [9, 12, 15]
+            .map(|seconds| lull.is(begin + Duration::from_secs(seconds), busy, busy, 1))
+            .into();
+        assert_eq!(looks, [false, false, true]);
+        let after: Vec<u64> = (0..3).map(|rank| DUE.after_others(rank).bytes).collect();
+        assert_eq!(after, [1000, 1062, 1125]);
     }
 
     proptest::proptest! {
