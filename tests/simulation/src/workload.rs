@@ -34,9 +34,10 @@ use crate::world::{self, HostId, SECOND};
 const PATIENCE: Duration = Duration::from_secs(8);
 /// Objects of a kind that one client has at most.
 const OWNED_MAX: usize = 6;
-/// Replicas of a service on a small network at most: a /27 has room for all of one client's
-/// services with their virtual addresses, though not for all updates at once.
-const SMALL_REPLICAS: u64 = 2;
+/// Sizes of small networks, and how many replicas a service on one has at most: there is room for all of
+/// one client's services with their virtual addresses, though not for all updates at once. So tasks wait for
+/// addresses that others are about to give back.
+const SMALL: [(u8, u64); 2] = [(27, 2), (28, 1)];
 /// Machines at most if global services are on networks: one of the default size has 61 addresses.
 const GLOBAL_MAX: u64 = 8;
 
@@ -123,8 +124,8 @@ struct Owned {
     removed: bool,
     id: String,
     version: u64,
-    /// Of a network: has few addresses, so that they are soon given out again.
-    small: bool,
+    /// Of a small network, whose addresses are soon given out again: replicas of a service on it at most.
+    replicas_max: Option<u64>,
 }
 
 impl Owned {
@@ -170,6 +171,8 @@ enum Outcome<T> {
 pub struct Client {
     name: String,
     dice: Dice,
+    /// Puts all services on one network, if it has a small one, where addresses come back soon.
+    crowds: bool,
     /// How often it does what.
     deeds: Vec<(Deed, u64)>,
     identity: Option<Arc<Identity>>,
@@ -188,6 +191,7 @@ impl Client {
         Self {
             name: name.to_owned(),
             deeds: dice.stress(&DEEDS),
+            crowds: dice.once_in(2),
             dice,
             identity: None,
             channels: BTreeMap::new(),
@@ -486,17 +490,17 @@ impl Client {
             .filter(|(_, owned)| !owned.maybe_removed && owned.known != 0)
             .map(|(name, _)| name.clone())
             .collect();
+        let small = |name: &&String| self.networks[*name].replicas_max.is_some();
+        let crowded = live.iter().find(small).filter(|_| self.crowds);
         let mut networks = Vec::new();
         let mut replicas_max = 6;
         if self.dice.below(4) != 0
-            && let Some(target) = self.dice.pick(&live)
+            && let Some(target) = crowded.or(self.dice.pick(&live))
         {
-            let small = self.networks.get(target).is_some_and(|owned| owned.small);
-            if small {
-                replicas_max = SMALL_REPLICAS;
-            }
+            let small = self.networks.get(target).and_then(|it| it.replicas_max);
+            replicas_max = small.unwrap_or(replicas_max);
             // One on each node, of all such services: there must be an address for each.
-            if !(global && (small || crate::plan::machines() > GLOBAL_MAX)) {
+            if !(global && (small.is_some() || crate::plan::machines() > GLOBAL_MAX)) {
                 networks.push(NetworkAttachmentConfig {
                     target: target.clone(),
                     ..Default::default()
@@ -807,10 +811,14 @@ impl Client {
         self.made += 1;
         let name = format!("{}-n{}", self.name, self.made);
         let mark = self.mark();
-        let small = self.dice.once_in(2);
+        let small = self
+            .dice
+            .once_in(2)
+            .then(|| SMALL[self.dice.below(2) as usize]);
         // In the cluster's pool, and now and then one that somebody else has.
         let place = self.dice.below(2048);
-        let subnet = format!("10.0.{}.{}/27", place / 8, place % 8 * 32);
+        let length = small.map_or(0, |(length, _)| length);
+        let subnet = format!("10.0.{}.{}/{length}", place / 8, place % 8 * 32);
         let pool = IpamPool {
             subnet,
             ..Default::default()
@@ -822,7 +830,7 @@ impl Client {
             }),
             driver: "overlay".to_owned(),
             internal: self.dice.once_in(4),
-            ipam: small.then(|| IpamOptions {
+            ipam: small.map(|_| IpamOptions {
                 configs: vec![pool],
                 ..Default::default()
             }),
@@ -832,7 +840,7 @@ impl Client {
             name.clone(),
             Owned {
                 maybe: vec![mark],
-                small,
+                replicas_max: small.map(|(_, most)| most),
                 ..Owned::default()
             },
         );
