@@ -174,8 +174,70 @@ pub trait Tree: fmt::Debug + Send + Sync + 'static {
     fn range(&self, from: Bound<&[u8]>, to: Bound<&[u8]>) -> Pairs;
 }
 
-/// Puts a file with this content in the place of the one that is there, durably: a crash leaves the
-/// old one or the new one. `aside` is the name it has until it is whole.
+/// Bytes of a [`Replacement`] that are not durable yet, at most. Who else waits for this disk waits for
+/// these, too, and not for hundreds of megabytes.
+const UNSYNCED_MAX: u64 = 4 << 20;
+
+/// A file that is being written, and takes the place of the one that is there when it is whole.
+#[derive(Debug)]
+pub struct Replacement<'a> {
+    disk: &'a dyn Disk,
+    path: &'a Path,
+    aside: &'a Path,
+    file: Box<dyn File>,
+    offset: u64,
+    synced: u64,
+}
+
+impl<'a> Replacement<'a> {
+    /// Begins an empty one. `aside` is the name it has until it is whole.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn begin(disk: &'a dyn Disk, path: &'a Path, aside: &'a Path) -> io::Result<Self> {
+        match disk.remove(aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        Ok(Self {
+            disk,
+            path,
+            aside,
+            file: disk.open(aside)?,
+            offset: 0,
+            synced: 0,
+        })
+    }
+
+    /// Writes all of this behind what was written before.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_at(bytes, self.offset)?;
+        self.offset += bytes.len() as u64;
+        if self.offset - self.synced >= UNSYNCED_MAX {
+            self.file.sync().await?;
+            self.synced = self.offset;
+        }
+        Ok(())
+    }
+
+    /// Puts it in its place, durably: a crash leaves the old file or this one.
+    ///
+    /// # Errors
+    /// The system's; the old file is there then, or this one.
+    pub async fn finish(self) -> io::Result<()> {
+        self.file.sync().await?;
+        self.disk.rename(self.aside, self.path)?;
+        match self.path.parent() {
+            Some(dir) => self.disk.sync_dir(dir).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Puts a file with this content in the place of the one that is there, as a [`Replacement`] does.
 ///
 /// # Errors
 /// The system's; the old one is there then, or the new one.
@@ -185,20 +247,9 @@ pub async fn replace(
     aside: &Path,
     content: &[&[u8]],
 ) -> io::Result<()> {
-    match disk.remove(aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let file = disk.open(aside)?;
-    let mut offset = 0;
+    let mut file = Replacement::begin(disk, path, aside)?;
     for part in content {
-        file.write_at(part, offset)?;
-        offset += part.len() as u64;
+        file.append(part).await?;
     }
-    file.sync().await?;
-    disk.rename(aside, path)?;
-    match path.parent() {
-        Some(dir) => disk.sync_dir(dir).await,
-        None => Ok(()),
-    }
+    file.finish().await
 }

@@ -15,7 +15,7 @@ use swarm_proto::v1::Transaction;
 
 use crate::disk;
 use crate::seal::{OVERHEAD, Sealer};
-use crate::snapshot;
+use crate::snapshot::{self, SnapshotFile};
 use crate::types::{
     Command, Entry, LogId, Outcome, SnapshotMeta, StoredMembership, TypeConfig, Vote, decode,
     encode,
@@ -49,16 +49,36 @@ pub fn log_record(data: &[u8]) {
     assert_eq!(disk::parse_entries(first, &written), Ok(entries));
 }
 
-/// A snapshot file, as it is and with its contents sealed here.
+/// A snapshot file: forged; then with these bytes as its pieces, whole and changed in one place.
 pub fn snapshot_file(data: &[u8]) {
+    let sealer = sealer();
     // Nobody without the key can write one that opens.
-    assert!(snapshot::unseal(&sealer(), data).is_err());
-    if let Ok(found) = snapshot::unpack(data.to_vec()) {
-        let packed = snapshot::pack(&found.meta, &found.snapshot).expect("just read");
-        let again = snapshot::unpack(packed).expect("just written");
-        assert_eq!(again.meta, found.meta);
-        assert_eq!(again.snapshot, found.snapshot);
+    assert!(SnapshotFile::open(&sealer, data).is_err());
+    let Some((&[size, place, other], text)) = data.split_first_chunk::<3>() else {
+        return;
+    };
+    let meta = SnapshotMeta {
+        last_log_id: Some(log_id(size.into())),
+        ..SnapshotMeta::default()
+    };
+    let write = || {
+        let pieces = text.chunks(usize::from(size) + 1);
+        let parts = snapshot::sealed(&sealer, &meta, pieces).expect("our own");
+        parts.collect::<Vec<_>>().concat()
+    };
+    let (whole, again) = (write(), write());
+    let read = |file: &[u8]| SnapshotFile::open(&sealer, file).and_then(SnapshotFile::records);
+    let (found, state) = read(&whole).expect("just written");
+    assert_eq!((found, &state[..]), (meta.clone(), text));
+    let mut file = whole.clone();
+    let place = usize::from(place) * file.len() / 256;
+    match other % 3 {
+        0 => file[place] ^= other | 1,
+        1 => file.truncate(place),
+        // The beginning of the same one, sealed again.
+        _ => file[..=place].copy_from_slice(&again[..=place]),
     }
+    assert!(file == whole || file == again || read(&file).is_err());
 }
 
 /// A sealed record, forged; then the same bytes sealed, and opened elsewhere or changed.
@@ -141,13 +161,10 @@ pub mod seeds {
     /// For [`super::snapshot_file`].
     #[must_use]
     pub fn snapshot_file() -> Vec<Vec<u8>> {
-        let meta = SnapshotMeta {
-            last_log_id: Some(log_id(9)),
-            ..SnapshotMeta::default()
-        };
-        [SnapshotMeta::default(), meta]
+        let text = b"what is written into some pieces, in turn";
+        [[0, 0, 0], [7, 99, 1], [20, 200, 2], [255, 255, 6]]
             .iter()
-            .map(|meta| snapshot::pack(meta, b"state").expect("our own"))
+            .map(|first| [&first[..], text].concat())
             .collect()
     }
 

@@ -96,7 +96,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
             threads.blocking(),
             FatalReporter::new(),
         );
-        Ok((dir, log, machine.unwrap()))
+        Ok((dir, log, machine))
     }
 }
 

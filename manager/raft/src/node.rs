@@ -529,8 +529,7 @@ async fn open(
                 "it is missing, and the log before it has been purged",
             ));
         }
-        let machine = StateMachine::restore(snapshots, found, scales, later, fatal)
-            .map_err(|error| DiskError::damaged(snapshot_dir, "the snapshot", error))?;
+        let machine = StateMachine::restore(snapshots, found, scales, later, fatal);
         Ok((log, writer, machine))
     });
     let opened = opening

@@ -50,17 +50,23 @@ impl Sealer {
     }
 
     pub(crate) fn seal(&self, place: &[u8], plain: &[u8]) -> Vec<u8> {
+        let mut record = Vec::with_capacity(OVERHEAD + plain.len());
+        self.seal_to(place, plain, &mut record);
+        record
+    }
+
+    /// Appends the sealed record.
+    pub(crate) fn seal_to(&self, place: &[u8], plain: &[u8], record: &mut Vec<u8>) {
         let nonce: [u8; NONCE] = rand::random();
         let (key, short) = self.cipher(&nonce);
-        let mut record = Vec::with_capacity(OVERHEAD + plain.len());
         record.push(VERSION);
         record.extend_from_slice(&nonce);
+        let begin = record.len();
         record.extend_from_slice(plain);
         let tag = key
-            .seal_in_place_separate_tag(short, Aad::from(place), &mut record[1 + NONCE..])
+            .seal_in_place_separate_tag(short, Aad::from(place), &mut record[begin..])
             .expect("fails only above 256 GiB, and nothing here is that large");
         record.extend_from_slice(tag.as_ref());
-        record
     }
 
     pub(crate) fn open(&self, place: &[u8], record: &[u8]) -> Result<Vec<u8>, OpenError> {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest,
 };
@@ -23,6 +23,7 @@ use swarm_store::ProposeError;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::group::{Group, NotHere, refused, sent};
+use crate::snapshot::Records;
 use crate::types::{Command, Snapshot, SnapshotMeta, TypeConfig, Vote, decode, encode};
 
 /// No state is larger once encoded; what claims to be is not taken into memory.
@@ -107,7 +108,7 @@ impl RaftService {
             }
             data.extend_from_slice(&piece.data);
         }
-        let snapshot: Bytes = data.freeze();
+        let snapshot = Records::Here(data.freeze());
         Ok((vote, Snapshot { meta, snapshot }))
     }
 }

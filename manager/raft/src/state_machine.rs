@@ -6,7 +6,6 @@
 use std::io;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use openraft::entry::RaftEntry as _;
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -19,7 +18,7 @@ use tokio::sync::watch;
 use crate::disk::entry_size;
 use crate::error::{DiskError, FatalReporter, chain};
 use crate::proposals::Proposals;
-use crate::snapshot::{self, Snapshots};
+use crate::snapshot::{self, Filed, Records, Restored, Snapshots};
 use crate::types::{Command, LogId, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::weight::Scales;
 
@@ -41,25 +40,22 @@ pub struct StateMachine {
 }
 
 impl StateMachine {
-    /// Starts from a snapshot, or empty. Blocks while it decodes.
-    ///
-    /// # Errors
-    /// The snapshot's state cannot be decoded.
+    /// Starts from a snapshot, or empty.
     pub(crate) fn restore(
         snapshots: Snapshots,
-        found: Option<Snapshot>,
+        found: Option<Restored>,
         mut scales: Scales,
         blocking: Blocking,
         fatal: FatalReporter,
-    ) -> Result<Self, swarm_store::DecodeError> {
+    ) -> Self {
         let (state, meta) = match found {
             None => (State::default(), SnapshotMeta::default()),
             Some(found) => {
-                scales.snapshot(found.snapshot.len() as u64);
-                (State::decode(found.snapshot.as_ref())?, found.meta)
+                scales.snapshot(found.bytes);
+                (found.state, found.meta)
             }
         };
-        Ok(Self {
+        Self {
             store: Store::new(state),
             applied: watch::Sender::new(meta.last_log_id),
             membership: meta.last_membership,
@@ -68,7 +64,7 @@ impl StateMachine {
             proposals: Arc::default(),
             blocking,
             fatal,
-        })
+        }
     }
 
     /// The store that is written to.
@@ -96,6 +92,14 @@ impl StateMachine {
         self.applied.subscribe()
     }
 
+    fn filed(&self) -> Filed {
+        Filed {
+            snapshots: self.snapshots.clone(),
+            blocking: self.blocking.clone(),
+            fatal: self.fatal.clone(),
+        }
+    }
+
     async fn commit(&self, index: u64, command: &Command) -> io::Result<Outcome> {
         let (store, entry) = (Arc::clone(&self.store), command.clone());
         let work = move || {
@@ -121,7 +125,7 @@ impl StateMachine {
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
-    type SnapshotData = Bytes;
+    type SnapshotData = Records;
     type SnapshotBuilder = Builder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
@@ -167,26 +171,26 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 last_log_id: *self.applied.borrow(),
                 last_membership: self.membership.clone(),
             },
-            snapshots: self.snapshots.clone(),
+            filed: self.filed(),
             scales: self.scales.clone(),
-            blocking: self.blocking.clone(),
-            fatal: self.fatal.clone(),
         }
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> io::Result<()> {
-        let (snapshots, saved_meta) = (self.snapshots.clone(), meta.clone());
-        let size = snapshot.len() as u64;
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, records: Records) -> io::Result<()> {
+        let snapshots = self.snapshots.clone();
+        let snapshot = Snapshot {
+            meta: meta.clone(),
+            snapshot: records,
+        };
         let installed = self.blocking.run(async move {
-            let state = State::decode(snapshot.as_ref())
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-            let plain = snapshot::pack(&saved_meta, &snapshot)
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-            snapshots.save(&saved_meta, &plain).await?;
-            Ok::<_, io::Error>(state)
+            let (meta, bytes) = snapshot::read(snapshot).await?;
+            let state = State::decode(&bytes).map_err(io::Error::other)?;
+            let pieces = swarm_store::split(&bytes).map_err(io::Error::other)?;
+            snapshots.save(&meta, pieces.into_iter()).await?;
+            Ok::<_, io::Error>((meta, state, bytes.len() as u64))
         });
-        let state = match installed.await.map_err(io::Error::other)? {
-            Ok(state) => state,
+        let (meta, state, size) = match installed.await.map_err(io::Error::other)? {
+            Ok(installed) => installed,
             Err(error) => {
                 let reason = chain(&error);
                 self.fatal
@@ -196,24 +200,18 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         };
         self.scales.lock().snapshot(size);
         self.store.replace(state);
-        self.membership = meta.last_membership.clone();
+        self.membership = meta.last_membership;
         self.proposals.skipped();
         self.applied.send_replace(meta.last_log_id);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let snapshots = self.snapshots.clone();
-        let newest = self
-            .blocking
-            .run(async move { snapshots.newest() })
-            .await
-            .map_err(io::Error::other)?;
-        newest.map_err(|error| {
-            self.fatal
-                .report("reading a snapshot", self.snapshots.dir(), chain(&error));
-            error.into()
-        })
+        let newest = self.snapshots.newest().map(|meta| Snapshot {
+            meta,
+            snapshot: Records::Filed(self.filed()),
+        });
+        Ok(newest)
     }
 }
 
@@ -221,35 +219,31 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 pub struct Builder {
     state: Arc<State>,
     meta: SnapshotMeta,
-    snapshots: Snapshots,
+    filed: Filed,
     scales: Arc<Mutex<Scales>>,
-    blocking: Blocking,
-    fatal: FatalReporter,
 }
 
 impl RaftSnapshotBuilder<TypeConfig> for Builder {
-    type SnapshotData = Bytes;
+    type SnapshotData = Records;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let (state, meta) = (self.state.clone(), self.meta.clone());
-        let (snapshots, scales) = (self.snapshots.clone(), self.scales.clone());
-        let built = self.blocking.run(async move {
-            // As large as the last one, and something more.
-            let room = scales.lock().snapshot_bytes();
-            let room = usize::try_from(room + room / 8).unwrap_or(0);
-            let begun = snapshot::begin(&meta, room);
-            let mut plain = begun.map_err(|e| DiskError::io("encode", snapshots.dir(), e))?;
-            let begin = plain.len();
-            state.encode_to(&mut plain);
-            let plain = Bytes::from(plain);
-            snapshots.save(&meta, &plain).await?;
-            let snapshot = plain.slice(begin..);
-            scales.lock().snapshot(snapshot.len() as u64);
+        let (filed, scales) = (self.filed.clone(), self.scales.clone());
+        let built = self.filed.blocking.run(async move {
+            let mut size = 0;
+            let pieces = state.pieces().inspect(|piece| size += piece.len() as u64);
+            filed.snapshots.save(&meta, pieces).await?;
+            if size > 0 {
+                scales.lock().snapshot(size);
+            }
+            let snapshot = Records::Filed(filed);
             Ok::<_, DiskError>(Snapshot { meta, snapshot })
         });
         built.await.map_err(io::Error::other)?.map_err(|error| {
-            self.fatal
-                .report("writing a snapshot", self.snapshots.dir(), chain(&error));
+            let Filed {
+                snapshots, fatal, ..
+            } = &self.filed;
+            fatal.report("writing a snapshot", snapshots.dir(), chain(&error));
             error.into()
         })
     }

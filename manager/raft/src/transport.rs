@@ -28,6 +28,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
 use crate::disk::entry_size;
+use crate::snapshot::{self, Records};
 use crate::types::{Peer, Snapshot, SnapshotMeta, TypeConfig, Vote, decode, encode};
 
 /// No raft message is larger: a full append message, or one entry of the largest transaction.
@@ -291,7 +292,7 @@ fn rpc_error(status: Status) -> RPCError<TypeConfig> {
 }
 
 impl RaftNetworkV2<TypeConfig> for Remote {
-    type SnapshotData = Bytes;
+    type SnapshotData = Records;
 
     async fn append_entries(
         &mut self,
@@ -352,13 +353,14 @@ impl RaftNetworkV2<TypeConfig> for Remote {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let header: (&Vote, &SnapshotMeta) = (&vote, &snapshot.meta);
+        let read = snapshot::read(snapshot).await;
+        let (meta, mut rest) = read.map_err(|error| NetworkError::new(&error))?;
+        let header: (&Vote, &SnapshotMeta) = (&vote, &meta);
         let header = encode(&header).map_err(|error| NetworkError::new(&error))?;
         let first = SnapshotChunk {
             header: Some(self.message(header)),
             data: Bytes::new(),
         };
-        let mut rest = snapshot.snapshot;
         let pieces = std::iter::once(first).chain(std::iter::from_fn(move || {
             let piece = rest.split_to(rest.len().min(SNAPSHOT_PIECE));
             (!piece.is_empty()).then_some(SnapshotChunk {

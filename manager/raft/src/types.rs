@@ -13,6 +13,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use swarm_proto::v1::{Rejection, Transaction};
 
+use crate::snapshot::Records;
+
 openraft::declare_raft_types!(
     /// The types this raft group is made of. One leader per term, so that a
     /// term is enough to fence a leader's loops.
@@ -29,7 +31,7 @@ pub(crate) type Entry = openraft::alias::EntryOf<TypeConfig>;
 pub(crate) type Vote = openraft::alias::VoteOf<TypeConfig>;
 pub(crate) type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfig>;
 pub(crate) type SnapshotMeta = openraft::alias::SnapshotMetaOf<TypeConfig>;
-pub(crate) type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Bytes>;
+pub(crate) type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Records>;
 
 /// A member's node and where it is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

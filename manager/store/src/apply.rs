@@ -1107,6 +1107,11 @@ impl State {
         if old.is_none() && !task.service_id.is_empty() {
             note(&mut self.tasks_by_service, &task.service_id, id.clone());
         }
+        self.index_place(id, task, old);
+    }
+
+    /// As [`State::index_task`] does, but for the task's service.
+    pub(crate) fn index_place(&mut self, id: &TaskId, task: &Task, old: Option<&Task>) {
         if !task.node_id.is_empty() && old.is_none_or(|old| old.node_id.is_empty()) {
             note(&mut self.tasks_by_node, &task.node_id, id.clone());
         }

@@ -23,7 +23,7 @@ pub mod store;
 pub mod testing;
 
 pub use consensus::{Consensus, Leadership, Member, MembershipError, ProposeError, ReadError};
-pub use snapshot::DecodeError;
+pub use snapshot::{DecodeError, PIECE_MAX, split};
 pub use state::{Applied, Event, Rejection, ResolveError, State};
 pub use store::{Change, Store, Watch, WatchError};
 pub use swarm_proto::v1::ObjectKind;

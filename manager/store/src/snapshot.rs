@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
+use imbl::OrdSet;
 use prost::Message;
 use prost::encoding::{
     WireType, encode_key, encode_varint, encoded_len_varint, key_len, message, string,
@@ -24,14 +25,16 @@ use crate::state::State;
 
 /// Version of the records that this build writes, and the highest that it reads. In 1 each task has its own spec.
 const FORMAT: u32 = 2;
-/// Bytes that a thread decodes in one go (and the record that has the last of them).
-const PART: usize = 256 << 10;
+/// Bytes that are encoded or decoded in one go (and the record that has the last of them).
+const PIECE: usize = 256 << 10;
 /// Threads that decode, at most: one puts together what a few decode.
 const THREADS_MAX: usize = 4;
-/// Parts that each of them may be ahead.
+/// Pieces that each of them may be ahead.
 const AHEAD: usize = 4;
 /// No record is larger: an object has at most about 1 MiB.
 const RECORD_MAX: u64 = 16 << 20;
+/// No piece of [`State::pieces`] has more bytes: a record, with its length, behind almost enough others.
+pub const PIECE_MAX: usize = PIECE + RECORD_MAX as usize + 5;
 
 /// Numbers of fields in store.proto: those of an object in a record and of whose spec it has,
 const RECORD_OBJECT: u32 = 2;
@@ -73,107 +76,123 @@ impl State {
     /// The state as bytes. Equal states give equal bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        self.encode_to(&mut bytes);
-        bytes
+        self.pieces().collect::<Vec<_>>().concat()
     }
 
-    /// Appends the state as bytes. Takes a microsecond or two for each object.
-    pub fn encode_to(&self, bytes: &mut Vec<u8>) {
-        use snapshot_record::Record;
-        let mut encoder = Encoder { bytes, records: 0 };
-        encoder.put(Record::Header(SnapshotHeader {
+    /// The same bytes, one piece of whole records after the other: a state of a million tasks has hundreds of
+    /// megabytes, which are never in memory at once. Takes a microsecond or two for each object.
+    pub fn pieces(&self) -> impl Iterator<Item = Vec<u8>> + Send + '_ {
+        let mut encoder = Encoder::default();
+        let mut items = self.items();
+        let mut ended = false;
+        std::iter::from_fn(move || {
+            while encoder.bytes.len() < PIECE && !ended {
+                match items.next() {
+                    Some(item) => encoder.put(item),
+                    None => {
+                        ended = true;
+                        encoder.put(Item::End);
+                    }
+                }
+            }
+            encoder.take()
+        })
+    }
+
+    /// All that is written, in order, but the end.
+    fn items(&self) -> impl Iterator<Item = Item<'_>> + Send {
+        let header = SnapshotHeader {
             format: FORMAT,
             index: self.index,
             term: self.term,
             turns: self.ipam.next_turn(),
-        }));
-        if let Some(cluster) = &self.cluster {
-            encoder.put_object(fields::CLUSTER, &**cluster);
-        }
-        for node in self.nodes.values() {
-            encoder.put_object(fields::NODE, &**node);
-        }
-        for network in self.networks.values() {
-            encoder.put_object(fields::NETWORK, &**network);
-        }
-        for service in self.services.values() {
-            encoder.put_object(fields::SERVICE, &**service);
-        }
-        for task in self.tasks.values() {
-            encoder.put_task(task, self.spec_of(task));
-        }
-        for (network, next) in self.ipam.cursors() {
-            encoder.put(Record::Cursors(SnapshotCursors {
-                network_id: network.to_string(),
-                next,
-            }));
-        }
-        for (who, network, turn) in self.ipam.waiting() {
+        };
+        // Neighbours are of one service, most of them.
+        let mut last: Option<&Service> = None;
+        let tasks = self.tasks.values().map(move |task| {
+            if last.is_none_or(|service| service.id != task.service_id) {
+                last = self.service(&task.service_id).map(|service| &**service);
+            }
+            Item::Task(task, place_of_spec(task, last))
+        });
+        let cursors = self.ipam.cursors().map(|(network, next)| SnapshotCursors {
+            network_id: network.to_string(),
+            next,
+        });
+        let waiting = self.ipam.waiting().map(|(who, network, turn)| {
             let (kind, id) = match who {
                 Waiter::Task(id) => (ObjectKind::Task, id.to_string()),
                 Waiter::Service(id) => (ObjectKind::Service, id.to_string()),
             };
-            encoder.put(Record::Waiter(SnapshotWaiter {
+            SnapshotWaiter {
                 turn,
                 network_id: network.to_string(),
                 r#ref: Some(ObjectRef {
                     kind: kind.into(),
                     id,
                 }),
-            }));
-        }
-        let records = encoder.records;
-        encoder.put(Record::End(SnapshotEnd { records }));
+            }
+        });
+        std::iter::once(Item::Header(header))
+            .chain(self.cluster.iter().map(|cluster| Item::Cluster(cluster)))
+            .chain(self.nodes.values().map(|node| Item::Node(node)))
+            .chain(self.networks.values().map(|network| Item::Network(network)))
+            .chain(self.services.values().map(|service| Item::Service(service)))
+            .chain(tasks)
+            .chain(cursors.map(Item::Cursors))
+            .chain(waiting.map(Item::Waiter))
     }
 
     /// Reads what [`State::encode`] has written.
     ///
-    /// Records are decoded by as many threads as the machine has cores, a part each in turn; the state is put
-    /// together from them in order.
-    ///
     /// # Errors
     /// See [`DecodeError`].
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let (header, rest) = split_record(bytes)?;
+        Self::decode_pieces(&split(bytes)?, |piece| Ok(*piece))
+    }
+
+    /// Reads what [`State::pieces`] has given. `open` gets at the bytes of a piece.
+    ///
+    /// Pieces are opened and decoded by as many threads as the machine has cores, each in turn; the state is put
+    /// together from them in order.
+    ///
+    /// # Errors
+    /// See [`DecodeError`]; what `open` says is [`DecodeError::Damaged`].
+    pub fn decode_pieces<P: Sync, B: AsRef<[u8]>>(
+        pieces: &[P],
+        open: impl Fn(&P) -> Result<B, String> + Sync,
+    ) -> Result<Self, DecodeError> {
+        let open = |piece: &P| open(piece).map_err(DecodeError::Damaged);
+        let (first, pieces) = pieces.split_first().ok_or_else(|| damaged("it is empty"))?;
+        let first = open(first)?;
+        // Whether this build can read it comes before anything else.
+        let (header, rest) = split_record(first.as_ref())?;
         let mut restoring = Restoring::new(read_record(header)?)?;
-        let parts = parts(rest)?;
+        restoring.take(records(rest)?)?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = threads.min(THREADS_MAX).min(parts.len());
+        let threads = threads.min(THREADS_MAX).min(pieces.len());
         if threads < 2 {
-            for part in parts {
-                restoring.take(records(part)?)?;
+            for piece in pieces {
+                restoring.take(records(open(piece)?.as_ref())?)?;
             }
             return restoring.finish();
         }
         std::thread::scope(|scope| {
             let workers = (0..threads).map(|worker| {
                 let (decoded, taken) = sync_channel(AHEAD);
-                let mut mine = parts.iter().skip(worker).step_by(threads);
+                let mut mine = pieces.iter().skip(worker).step_by(threads);
+                let read = |piece| records(open(piece)?.as_ref());
                 // Once one is damaged nobody takes the others.
-                scope.spawn(move || mine.try_for_each(|part| decoded.send(records(part))));
+                scope.spawn(move || mine.try_for_each(|piece| decoded.send(read(piece))));
                 taken
             });
             let workers: Vec<_> = workers.collect();
-            for part in 0..parts.len() {
-                let decoded = workers[part % threads].recv();
+            for piece in 0..pieces.len() {
+                let decoded = workers[piece % threads].recv();
                 restoring.take(decoded.map_err(|_| damaged("it cannot be decoded"))??)?;
             }
             restoring.finish()
         })
-    }
-
-    /// Where to find a task's spec: most have their service's.
-    fn spec_of(&self, task: &Task) -> SnapshotSpec {
-        let service = self.services.get(task.service_id.as_str());
-        let wanted = |found: SnapshotSpec| {
-            task.spec.is_some()
-                && service.and_then(|service| spec_in(service, found)) == task.spec.as_ref()
-        };
-        [SnapshotSpec::Services, SnapshotSpec::Previous]
-            .into_iter()
-            .find(|found| wanted(*found))
-            .unwrap_or(SnapshotSpec::Own)
     }
 
     fn restore(&mut self, object: Restored) -> Result<(), DecodeError> {
@@ -200,13 +219,7 @@ impl State {
                 self.index_service(&service);
                 once(self.services.insert(id, service))?;
             }
-            Restored::Task(id, mut task, spec) => {
-                if spec != SnapshotSpec::Own {
-                    let service = self.services.get(task.service_id.as_str());
-                    let spec = service.and_then(|service| spec_in(service, spec));
-                    let spec = spec.ok_or_else(|| damaged("a task has the spec of no service"))?;
-                    Arc::make_mut(&mut task).spec = Some(spec.clone());
-                }
+            Restored::Task(id, task, _) => {
                 if holds_addresses(&task) {
                     for attachment in &task.networks {
                         for address in &attachment.addresses {
@@ -216,7 +229,7 @@ impl State {
                         }
                     }
                 }
-                self.index_task(&id, &task, None);
+                self.index_place(&id, &task, None);
                 once(self.tasks.insert(id, task))?;
             }
         }
@@ -229,6 +242,19 @@ impl State {
         self.index_network(&network);
         once(self.networks.insert(id, network))
     }
+}
+
+/// Where to find a task's spec: most have that of `service`, if that is theirs.
+fn place_of_spec(task: &Task, service: Option<&Service>) -> SnapshotSpec {
+    let service = service.filter(|service| service.id == task.service_id);
+    let wanted = |found: SnapshotSpec| {
+        task.spec.is_some()
+            && service.and_then(|service| spec_in(service, found)) == task.spec.as_ref()
+    };
+    [SnapshotSpec::Services, SnapshotSpec::Previous]
+        .into_iter()
+        .find(|found| wanted(*found))
+        .unwrap_or(SnapshotSpec::Own)
 }
 
 /// Nothing was there before.
@@ -274,11 +300,22 @@ enum Record {
     End(SnapshotEnd),
 }
 
+/// A service of which some tasks come one after the other, as most do: what was made together has neighbouring
+/// identifiers.
+struct Family {
+    id: ServiceId,
+    service: Option<Arc<Service>>,
+    /// Those so far. They are missing in the state meanwhile.
+    tasks: OrdSet<TaskId>,
+    /// Of the last one. They share them in memory.
+    annotations: Option<Shared<Annotations>>,
+}
+
 /// A state that is being put together.
 struct Restoring {
     state: State,
-    /// Of the last task: neighbours, which were made together, share them in memory.
-    annotations: Option<Shared<Annotations>>,
+    /// Of the last task.
+    family: Option<Family>,
     /// Between header and end.
     records: u64,
     ended: bool,
@@ -304,7 +341,7 @@ impl Restoring {
         state.ipam.restore_next_turn(header.turns);
         Ok(Self {
             state,
-            annotations: None,
+            family: None,
             records: 0,
             ended: false,
         })
@@ -322,11 +359,8 @@ impl Restoring {
         match record {
             Record::Header(_) => return Err(damaged("two headers")),
             Record::Object(mut object) => {
-                if let Restored::Task(_, task, _) = &mut object {
-                    let annotations = &mut Arc::make_mut(task).service_annotations;
-                    if !Shared::share(annotations, self.annotations.as_ref()) {
-                        self.annotations.clone_from(annotations);
-                    }
+                if let Restored::Task(id, task, spec) = &mut object {
+                    self.join_family(id, Arc::make_mut(task), *spec)?;
                 }
                 self.state.restore(object)?;
             }
@@ -354,10 +388,62 @@ impl Restoring {
         Ok(())
     }
 
-    fn finish(self) -> Result<State, DecodeError> {
+    /// Gives the task what it has of its service, and notes it there.
+    fn join_family(
+        &mut self,
+        id: &TaskId,
+        task: &mut Task,
+        spec: SnapshotSpec,
+    ) -> Result<(), DecodeError> {
+        if self
+            .family
+            .as_ref()
+            .is_none_or(|family| family.id.as_str() != task.service_id)
+        {
+            self.leave_family();
+            let state = &mut self.state;
+            self.family = Some(Family {
+                id: ServiceId::from(&task.service_id),
+                service: state.services.get(task.service_id.as_str()).cloned(),
+                tasks: state
+                    .tasks_by_service
+                    .remove(task.service_id.as_str())
+                    .unwrap_or_default(),
+                annotations: None,
+            });
+        }
+        let Some(family) = &mut self.family else {
+            return Ok(());
+        };
+        if spec != SnapshotSpec::Own {
+            let service = family.service.as_ref();
+            let spec = service.and_then(|service| spec_in(service, spec));
+            let spec = spec.ok_or_else(|| damaged("a task has the spec of no service"))?;
+            task.spec = Some(spec.clone());
+        }
+        let annotations = &mut task.service_annotations;
+        if !Shared::share(annotations, family.annotations.as_ref()) {
+            family.annotations.clone_from(annotations);
+        }
+        family.tasks.insert(id.clone());
+        Ok(())
+    }
+
+    /// The next task is of another service.
+    fn leave_family(&mut self) {
+        if let Some(family) = self.family.take()
+            && !family.id.is_empty()
+        {
+            let tasks_by_service = &mut self.state.tasks_by_service;
+            tasks_by_service.insert(family.id, family.tasks);
+        }
+    }
+
+    fn finish(mut self) -> Result<State, DecodeError> {
         if !self.ended {
             return Err(damaged("it is cut off"));
         }
+        self.leave_family();
         let state = self.state;
         let names = (state.service_names.len(), state.network_names.len());
         match names == (state.services.len(), state.networks.len()) {
@@ -367,30 +453,33 @@ impl Restoring {
     }
 }
 
-/// Whole records, in parts that are decoded in one go.
-fn parts(bytes: &[u8]) -> Result<Vec<&[u8]>, DecodeError> {
-    let mut parts = Vec::new();
+/// Pieces of whole records, of the bytes of a state.
+///
+/// # Errors
+/// They are not whole records.
+pub fn split(bytes: &[u8]) -> Result<Vec<&[u8]>, DecodeError> {
+    let mut pieces = Vec::new();
     let mut rest = bytes;
     while !rest.is_empty() {
-        let part = rest;
+        let piece = rest;
         let mut length = 0;
-        while length < PART && !rest.is_empty() {
+        while length < PIECE && !rest.is_empty() {
             let (_, after) = split_record(rest)?;
             length += rest.len() - after.len();
             rest = after;
         }
-        parts.push(&part[..length]);
+        pieces.push(&piece[..length]);
     }
-    Ok(parts)
+    Ok(pieces)
 }
 
-/// All records of a part.
-fn records(mut part: &[u8]) -> Result<Vec<Record>, DecodeError> {
+/// All records of a piece.
+fn records(mut piece: &[u8]) -> Result<Vec<Record>, DecodeError> {
     let mut records = Vec::new();
-    while !part.is_empty() {
-        let (record, rest) = split_record(part)?;
+    while !piece.is_empty() {
+        let (record, rest) = split_record(piece)?;
         records.push(read_record(record)?);
-        part = rest;
+        piece = rest;
     }
     Ok(records)
 }
@@ -446,40 +535,78 @@ fn split_record(bytes: &[u8]) -> Result<(&[u8], &[u8]), DecodeError> {
     Err(damaged("a record is too long"))
 }
 
+/// What is written, where it is.
+enum Item<'a> {
+    Header(SnapshotHeader),
+    Cluster(&'a Cluster),
+    Node(&'a Node),
+    Network(&'a Network),
+    Service(&'a Service),
+    Task(&'a Task, SnapshotSpec),
+    Cursors(SnapshotCursors),
+    Waiter(SnapshotWaiter),
+    End,
+}
+
 /// Writes records, each behind its length.
-struct Encoder<'a> {
-    bytes: &'a mut Vec<u8>,
+#[derive(Default)]
+struct Encoder {
+    /// The piece that is being written.
+    bytes: Vec<u8>,
     /// But header and end.
     records: u64,
 }
 
-impl Encoder<'_> {
-    fn put(&mut self, record: snapshot_record::Record) {
-        if !matches!(
-            record,
-            snapshot_record::Record::Header(_) | snapshot_record::Record::End(_)
-        ) {
-            self.records += 1;
+impl Encoder {
+    /// The piece, if there is anything in it.
+    fn take(&mut self) -> Option<Vec<u8>> {
+        let next = Vec::with_capacity(self.bytes.len());
+        Some(std::mem::replace(&mut self.bytes, next)).filter(|piece| !piece.is_empty())
+    }
+
+    fn put(&mut self, item: Item<'_>) {
+        use snapshot_record::Record;
+        match item {
+            Item::Header(header) => self.put_record(Record::Header(header)),
+            Item::End => self.put_record(Record::End(SnapshotEnd {
+                records: self.records,
+            })),
+            other => {
+                self.records += 1;
+                match other {
+                    Item::Cluster(cluster) => self.put_object(fields::CLUSTER, cluster),
+                    Item::Node(node) => self.put_object(fields::NODE, node),
+                    Item::Network(network) => self.put_object(fields::NETWORK, network),
+                    Item::Service(service) => self.put_object(fields::SERVICE, service),
+                    Item::Task(task, found) => self.put_task(task, found),
+                    Item::Cursors(cursors) => self.put_record(Record::Cursors(cursors)),
+                    Item::Waiter(waiter) => self.put_record(Record::Waiter(waiter)),
+                    Item::Header(_) | Item::End => {}
+                }
+            }
         }
+    }
+
+    fn put_record(&mut self, record: snapshot_record::Record) {
         let record = SnapshotRecord {
             record: Some(record),
             spec: SnapshotSpec::Own.into(),
         };
         record
-            .encode_length_delimited(self.bytes)
+            .encode_length_delimited(&mut self.bytes)
             .expect("the buffer grows as needed");
     }
 
-    /// As `put` does with a record that holds a copy of the object.
+    /// As `put_record` does with a record that holds a copy of the object.
     fn put_object(&mut self, field: u32, object: &impl Message) {
-        self.records += 1;
+        let bytes = &mut self.bytes;
         let object_len = message::encoded_len(field, object);
         let record_len =
             key_len(RECORD_OBJECT) + encoded_len_varint(object_len as u64) + object_len;
-        encode_varint(record_len as u64, self.bytes);
-        encode_key(RECORD_OBJECT, WireType::LengthDelimited, self.bytes);
-        encode_varint(object_len as u64, self.bytes);
-        message::encode(field, object, self.bytes);
+        encode_varint(record_len as u64, bytes);
+        encode_key(RECORD_OBJECT, WireType::LengthDelimited, bytes);
+        encode_varint(object_len as u64, bytes);
+        message::encode(field, object, bytes);
     }
 
     /// As `put_object`, but without a spec that is found elsewhere.
@@ -487,30 +614,30 @@ impl Encoder<'_> {
         let (Some(spec), true) = (&task.spec, found != SnapshotSpec::Own) else {
             return self.put_object(fields::TASK, task);
         };
-        self.records += 1;
+        let bytes = &mut self.bytes;
         let spec_len = message::encoded_len(task_fields::SPEC, spec);
         let task_len = task.encoded_len() - spec_len;
         let object_len = key_len(fields::TASK) + encoded_len_varint(task_len as u64) + task_len;
         let found_len = key_len(RECORD_SPEC) + 1;
         let record_len =
             key_len(RECORD_OBJECT) + encoded_len_varint(object_len as u64) + object_len + found_len;
-        encode_varint(record_len as u64, self.bytes);
-        encode_key(RECORD_OBJECT, WireType::LengthDelimited, self.bytes);
-        encode_varint(object_len as u64, self.bytes);
-        encode_key(fields::TASK, WireType::LengthDelimited, self.bytes);
-        encode_varint(task_len as u64, self.bytes);
+        encode_varint(record_len as u64, bytes);
+        encode_key(RECORD_OBJECT, WireType::LengthDelimited, bytes);
+        encode_varint(object_len as u64, bytes);
+        encode_key(fields::TASK, WireType::LengthDelimited, bytes);
+        encode_varint(task_len as u64, bytes);
         // Fields are written in the order of their numbers.
-        let mut spec_at = self.bytes.len();
+        let mut spec_at = bytes.len();
         if !task.id.is_empty() {
             spec_at += string::encoded_len(task_fields::ID, &task.id);
         }
         if let Some(meta) = &task.meta {
             spec_at += message::encoded_len(task_fields::META, meta);
         }
-        task.encode_raw(self.bytes);
-        self.bytes.drain(spec_at..spec_at + spec_len);
-        encode_key(RECORD_SPEC, WireType::Varint, self.bytes);
-        encode_varint(found as u64, self.bytes);
+        task.encode_raw(bytes);
+        bytes.drain(spec_at..spec_at + spec_len);
+        encode_key(RECORD_SPEC, WireType::Varint, bytes);
+        encode_varint(found as u64, bytes);
     }
 }
 
@@ -535,24 +662,16 @@ mod tests {
             term: state.term,
             turns: state.ipam.next_turn(),
         };
-        let mut bytes = Vec::new();
-        let mut encoder = Encoder {
-            bytes: &mut bytes,
-            records: 0,
-        };
-        encoder.put(snapshot_record::Record::Header(header));
-        encoder.put_object(fields::CLUSTER, &**state.cluster.as_ref().expect("made"));
-        encoder.put_object(fields::NETWORK, &**state.network("n").expect("made"));
-        encoder.put_object(fields::SERVICE, &**state.service("s").expect("made"));
-        encoder.put_object(fields::TASK, &**state.task("t").expect("made"));
-        for (network, next) in state.ipam.cursors() {
-            encoder.put(snapshot_record::Record::Cursors(SnapshotCursors {
-                network_id: network.to_string(),
-                next,
-            }));
+        let mut encoder = Encoder::default();
+        for item in state.items() {
+            encoder.put(match item {
+                Item::Header(_) => Item::Header(header),
+                Item::Task(task, _) => Item::Task(task, SnapshotSpec::Own),
+                item => item,
+            });
         }
-        let records = encoder.records;
-        encoder.put(snapshot_record::Record::End(SnapshotEnd { records }));
+        encoder.put(Item::End);
+        let bytes = encoder.bytes;
         assert_eq!(State::decode(&bytes).expect("read"), state);
     }
 
