@@ -610,6 +610,20 @@ mod tests {
     }
 
     #[test]
+    fn a_large_file_becomes_durable_while_it_is_written() {
+        let disk = MemoryDisk::default();
+        let (path, aside) = (Path::new("file"), Path::new("aside"));
+        let mut file = crate::Replacement::begin(&disk, path, aside).unwrap();
+        let part = vec![7; 1 << 20];
+        for parts in 1..=9 {
+            now(file.append(&part)).unwrap();
+            assert_eq!(disk.syncs(), parts / 4, "after {parts} MiB");
+        }
+        now(file.finish()).unwrap();
+        assert_eq!(disk.read(path).unwrap().len(), 9 << 20);
+    }
+
+    #[test]
     fn a_replaced_file_is_the_old_one_or_the_new_one_after_a_crash_anywhere() {
         #[derive(Default)]
         struct Cut(Mutex<usize>);

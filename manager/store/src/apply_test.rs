@@ -100,6 +100,20 @@ fn a_chosen_subnet_overlaps_no_network_no_route_and_not_the_gateway_bridge() {
 }
 
 #[test]
+fn a_size_of_subnets_that_the_pool_has_none_of_is_refused() {
+    for size in [1, 7, 30, 33, 50, 1000] {
+        let mut pool = cluster("c");
+        pool.subnet_size = size;
+        let refused = State::default().apply(1, &transaction([create(pool)]));
+        let message = refused.expect_err("refused").message;
+        assert!(
+            message.ends_with("subnet can be cut from address pool 10.0.0.0/8"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn a_subnet_that_cannot_be_is_refused_with_the_reason() {
     let mut described = node("w", "");
     described.description = Some(NodeDescription {

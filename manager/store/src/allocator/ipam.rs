@@ -252,9 +252,8 @@ pub(crate) struct Names<'a> {
 /// The pools that subnets are cut from.
 pub(crate) fn address_pools(cluster: Option<&Cluster>) -> Result<Vec<Ipv4Net>, Rejection> {
     let listed = cluster.map_or(&[][..], |cluster| &cluster.default_addr_pool);
-    if listed.is_empty() {
-        return Ok(vec![parse_subnet(ADDRESS_POOL)?]);
-    }
+    let default = [ADDRESS_POOL.to_owned()];
+    let listed = if listed.is_empty() { &default } else { listed };
     let prefix = subnet_prefix(cluster);
     let pools = listed.iter().map(|text| {
         let pool = parse_subnet(text)?;
