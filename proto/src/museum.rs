@@ -58,7 +58,7 @@ museum! {
     OldRaftId, "old-raft-id",
         "a manager that was wiped comes back under the raft ID it had",
         "databendlabs/openraft#2002, moby/swarmkit#1815",
-        "one leader per term; no acknowledged write is lost; no manager ends by itself";
+        "one leader per term; no acknowledged write is lost; the cluster is well again in time";
     OwnReplicaRead, "own-replica-read",
         "a read is answered from the own replica, whoever leads",
         "etcd-io/etcd#741",
