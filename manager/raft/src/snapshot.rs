@@ -3,7 +3,7 @@
 //! A file holds a magic number and a random identifier, then pieces, each sealed on its own behind its length: the
 //! snapshot's place in the log, the encoded state in pieces of whole records, and an empty one that ends it. What
 //! is sealed with a piece says which one of which file it is, so none can be missing, be there twice, or come from elsewhere.
-//! A state of a million tasks has hundreds of megabytes, of which a quarter of one is in memory at a time.
+//! A state of a million tasks has hundreds of megabytes, of which one piece is in memory while it is written.
 //! A file that does not open is refused with its name, never skipped: the log before it is gone. Everything here
 //! waits for the disk.
 
