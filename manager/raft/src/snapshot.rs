@@ -312,7 +312,7 @@ fn place(id: [u8; ID], number: u64, last: bool) -> [u8; MAGIC.len() + ID + 9] {
 pub(crate) fn sealed<P: AsRef<[u8]>>(
     sealer: &Sealer,
     meta: &SnapshotMeta,
-    state: impl Iterator<Item = P> + Send,
+    mut state: impl Iterator<Item = P> + Send,
 ) -> Result<impl Iterator<Item = Vec<u8>> + Send, CodecError> {
     let id: [u8; ID] = rand::random();
     let sealer = sealer.clone();
@@ -324,7 +324,6 @@ pub(crate) fn sealed<P: AsRef<[u8]>>(
         piece
     };
     let begin = [&MAGIC[..], &id, &seal(META, &encode(meta)?, false)].concat();
-    let mut state = state;
     let mut number = META;
     let mut ended = false;
     let pieces = std::iter::from_fn(move || {
@@ -341,18 +340,32 @@ pub(crate) fn sealed<P: AsRef<[u8]>>(
 }
 
 /// A snapshot file that was read, with its first and its last piece opened.
-pub(crate) enum SnapshotFile<'a> {
+pub(crate) struct SnapshotFile<'a> {
+    meta: SnapshotMeta,
+    state: EncodedState<'a>,
+}
+
+enum EncodedState<'a> {
     /// Of this version.
-    Pieces {
-        sealer: &'a Sealer,
-        meta: SnapshotMeta,
-        id: [u8; ID],
-        file: &'a [u8],
-        /// Numbers and places of the pieces of the state, sealed.
-        pieces: Vec<(u64, Range<usize>)>,
-    },
+    Pieces(Pieces<'a>),
     /// Of the version before.
-    One { meta: SnapshotMeta, state: Bytes },
+    One(Bytes),
+}
+
+/// The pieces of a state, sealed.
+struct Pieces<'a> {
+    sealer: &'a Sealer,
+    id: [u8; ID],
+    file: &'a [u8],
+    /// Their numbers and where they are in the file.
+    places: Vec<(u64, Range<usize>)>,
+}
+
+impl Pieces<'_> {
+    fn open(&self, (number, sealed): &(u64, Range<usize>)) -> Result<Vec<u8>, String> {
+        let place = place(self.id, *number, false);
+        open_piece(self.sealer, &place, &self.file[sealed.clone()])
+    }
 }
 
 impl<'a> SnapshotFile<'a> {
@@ -371,7 +384,8 @@ impl<'a> SnapshotFile<'a> {
             let length = file[at..].first_chunk::<LENGTH>().ok_or("cut short")?;
             let length = u32::from_le_bytes(*length) as usize;
             let piece = at + LENGTH..at + LENGTH + length;
-            if length > PIECE_MAX + OVERHEAD || piece.end > file.len() {
+            let possible = OVERHEAD..=PIECE_MAX + OVERHEAD;
+            if !possible.contains(&length) || piece.end > file.len() {
                 return Err("cut short, or a length is damaged".to_owned());
             }
             at = piece.end;
@@ -384,12 +398,14 @@ impl<'a> SnapshotFile<'a> {
         open_piece(sealer, &place(*id, end, true), &file[sealed_end])?;
         let meta = open_piece(sealer, &place(*id, META, false), &file[sealed_meta])?;
         pieces.remove(0);
-        Ok(Self::Pieces {
-            sealer,
+        Ok(Self {
             meta: decode(&meta).map_err(|error| error.to_string())?,
-            id: *id,
-            file,
-            pieces,
+            state: EncodedState::Pieces(Pieces {
+                sealer,
+                id: *id,
+                file,
+                places: pieces,
+            }),
         })
     }
 
@@ -399,33 +415,27 @@ impl<'a> SnapshotFile<'a> {
         let (length, _) = plain.split_first_chunk::<LENGTH>().ok_or("cut short")?;
         let meta_end = LENGTH + u32::from_le_bytes(*length) as usize;
         let meta = plain.get(LENGTH..meta_end).ok_or("cut short")?;
-        Ok(Self::One {
+        Ok(Self {
             meta: decode(meta).map_err(|error| error.to_string())?,
-            state: Bytes::from(plain).slice(meta_end..),
+            state: EncodedState::One(Bytes::from(plain).slice(meta_end..)),
         })
     }
 
     /// The state, decoded.
     pub(crate) fn restore(self) -> Result<Restored, String> {
-        let (meta, bytes, state) = match self {
-            Self::Pieces {
-                sealer,
-                meta,
-                id,
-                file,
-                pieces,
-            } => {
-                let bytes = pieces.iter().map(|(_, piece)| piece.len() - OVERHEAD);
-                let bytes = bytes.sum::<usize>();
-                let open = |(number, piece): &(u64, Range<usize>)| {
-                    open_piece(sealer, &place(id, *number, false), &file[piece.clone()])
-                };
-                (meta, bytes, State::decode_pieces(&pieces, open))
+        let (bytes, state) = match self.state {
+            EncodedState::Pieces(pieces) => {
+                let lengths = pieces
+                    .places
+                    .iter()
+                    .map(|(_, piece)| piece.len() - OVERHEAD);
+                let state = State::decode_pieces(&pieces.places, |piece| pieces.open(piece));
+                (lengths.sum(), state)
             }
-            Self::One { meta, state } => (meta, state.len(), State::decode(&state)),
+            EncodedState::One(state) => (state.len(), State::decode(&state)),
         };
         Ok(Restored {
-            meta,
+            meta: self.meta,
             state: state.map_err(|error| error.to_string())?,
             bytes: bytes as u64,
         })
@@ -433,23 +443,17 @@ impl<'a> SnapshotFile<'a> {
 
     /// The encoded state, as it is sent to another member.
     pub(crate) fn records(self) -> Result<(SnapshotMeta, Bytes), String> {
-        Ok(match self {
-            Self::Pieces {
-                sealer,
-                meta,
-                id,
-                file,
-                pieces,
-            } => {
-                let mut state = Vec::with_capacity(file.len());
-                for (number, piece) in pieces {
-                    let plain = open_piece(sealer, &place(id, number, false), &file[piece])?;
-                    state.extend_from_slice(&plain);
+        let state = match self.state {
+            EncodedState::Pieces(pieces) => {
+                let mut state = Vec::with_capacity(pieces.file.len());
+                for piece in &pieces.places {
+                    state.extend_from_slice(&pieces.open(piece)?);
                 }
-                (meta, state.into())
+                state.into()
             }
-            Self::One { meta, state } => (meta, state),
-        })
+            EncodedState::One(state) => state,
+        };
+        Ok((self.meta, state))
     }
 }
 
@@ -601,11 +605,12 @@ mod tests {
         let state = large();
         let sealer = Sealer::new(&DataKey::random());
         let bytes = file_of(&state, &sealer);
-        let pieces = |bytes: &[u8]| match SnapshotFile::open(&sealer, bytes) {
-            Ok(SnapshotFile::Pieces { pieces, .. }) => pieces,
-            _ => panic!("of this version"),
+        let EncodedState::Pieces(pieces) = SnapshotFile::open(&sealer, &bytes).unwrap().state
+        else {
+            panic!("of this version");
         };
-        let places: Vec<_> = pieces(&bytes)
+        let places: Vec<_> = pieces
+            .places
             .into_iter()
             .map(|(_, sealed)| sealed.start - LENGTH..sealed.end)
             .collect();
@@ -623,6 +628,7 @@ mod tests {
         // The same pieces, sealed with the same key.
         let other = file_of(&state, &sealer);
         let foreign = [&bytes[..one.start], &other[one.clone()], &bytes[one.end..]].concat();
+        let short = [&bytes[..one.start], &[2, 0, 0, 0, 7, 7], &bytes[one.end..]].concat();
         for (what, file) in [
             ("one is missing", cut(one.start, one.end)),
             ("the end is missing", bytes[..last].to_vec()),
@@ -630,6 +636,7 @@ mod tests {
             ("one is there twice", twice),
             ("two are swapped", swapped.concat()),
             ("one is another file's", foreign),
+            ("one is too short to be sealed", short),
         ] {
             let read = SnapshotFile::open(&sealer, &file).and_then(SnapshotFile::restore);
             assert!(read.is_err(), "{what}");
