@@ -566,24 +566,21 @@ impl Encoder {
 
     fn put(&mut self, item: Item<'_>) {
         use snapshot_record::Record;
+        if !matches!(item, Item::Header(_) | Item::End) {
+            self.records += 1;
+        }
         match item {
             Item::Header(header) => self.put_record(Record::Header(header)),
+            Item::Cluster(cluster) => self.put_object(fields::CLUSTER, cluster),
+            Item::Node(node) => self.put_object(fields::NODE, node),
+            Item::Network(network) => self.put_object(fields::NETWORK, network),
+            Item::Service(service) => self.put_object(fields::SERVICE, service),
+            Item::Task(task, found) => self.put_task(task, found),
+            Item::Cursors(cursors) => self.put_record(Record::Cursors(cursors)),
+            Item::Waiter(waiter) => self.put_record(Record::Waiter(waiter)),
             Item::End => self.put_record(Record::End(SnapshotEnd {
                 records: self.records,
             })),
-            other => {
-                self.records += 1;
-                match other {
-                    Item::Cluster(cluster) => self.put_object(fields::CLUSTER, cluster),
-                    Item::Node(node) => self.put_object(fields::NODE, node),
-                    Item::Network(network) => self.put_object(fields::NETWORK, network),
-                    Item::Service(service) => self.put_object(fields::SERVICE, service),
-                    Item::Task(task, found) => self.put_task(task, found),
-                    Item::Cursors(cursors) => self.put_record(Record::Cursors(cursors)),
-                    Item::Waiter(waiter) => self.put_record(Record::Waiter(waiter)),
-                    Item::Header(_) | Item::End => {}
-                }
-            }
         }
     }
 
